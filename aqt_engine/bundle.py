@@ -1,0 +1,338 @@
+"""The bundle: one converted model version on disk, and all that a server needs.
+
+A bundle is a directory `NAME/VERSION/`:
+
+    manifest.json      what it is: signature, tile, quantization, and the sha256 of every file
+    graph.stablehlo    the SERVE forward at the tile, from `jax.export`; weights are arguments
+    weights/           an Orbax checkpoint of those arguments
+    witness/           an Orbax checkpoint of inputs and of the training forward's outputs
+
+It is written under a temporary name and renamed, so that a reader sees a whole bundle or none.
+Loading runs no code from it: the graph is StableHLO, the arrays are plain, and nothing is pickled.
+A bundle in which any byte has changed is refused. The digests guard against damage and careless
+edits, not against someone who rewrites the whole bundle: who may write it is the file system's
+business.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import export
+
+FORMAT_VERSION = 1
+BATCH = "batch"
+"""The symbolic dimension that counts rows."""
+
+_MANIFEST = "manifest.json"
+_GRAPH = "graph.stablehlo"
+_WEIGHTS = "weights"
+_WITNESS = "witness"
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+
+class BundleError(ValueError):
+    """A bundle cannot be read: it is missing, damaged, changed, or of another format."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """Name, dtype and shape of one input or output.
+
+    `dtype` is a numpy name ("float32", "bfloat16", "int32", "bool"). `shape` begins with `BATCH`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def with_rows(self, rows: int) -> jax.ShapeDtypeStruct:
+        """The concrete shape and dtype of `rows` rows."""
+        shape = (rows, *(int(d) for d in self.shape[1:]))
+        return jax.ShapeDtypeStruct(shape, np.dtype(self.dtype))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSpec:
+    """One array of the weights: its path in the model, its dtype and shape.
+
+    `role` is "qvalue" or "scale" for the two parts of a quantized weight, "float" for the rest.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the array takes in memory."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FileDigest:
+    """What a file of the bundle must be: its sha256 (hex) and its size in bytes."""
+
+    sha256: str
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a bundle says of itself.
+
+    `tile` is the number of rows at which the graph computes. `weights` stand in the order of the
+    graph's arguments; `inputs` follow them. `float_nbytes` is the size of the weights before
+    conversion.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    tile: int
+    weights: tuple[WeightSpec, ...]
+    float_nbytes: int
+    platforms: tuple[str, ...]
+    tools: Mapping[str, str]
+    files: Mapping[str, FileDigest]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights in memory."""
+        return sum(w.nbytes for w in self.weights)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Witness:
+    """Inputs, and what the training forward answered to them at the bundle's tile.
+
+    Each array has the same number of rows, a multiple of the tile.
+    """
+
+    inputs: Arrays
+    outputs: Arrays
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """A bundle in memory. `weights` stand in the manifest's order."""
+
+    manifest: Manifest
+    graph: export.Exported
+    weights: tuple[np.ndarray[Any, Any], ...]
+    witness: Witness
+
+
+def write(
+    path: str | os.PathLike[str],
+    *,
+    graph: export.Exported,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    tile: int,
+    weights: Mapping[str, np.ndarray[Any, Any]],
+    roles: Mapping[str, str],
+    float_nbytes: int,
+    tools: Mapping[str, str],
+    witness: Witness,
+) -> Manifest:
+    """Writes a bundle at `path`, whole or not at all, and returns its manifest.
+
+    `graph` takes the flat list of `weights`, in their order, then the flat list of inputs, each of
+    `tile` rows, and returns the flat list of outputs.
+
+    Raises:
+      FileExistsError: something already stands at `path`; a version is never overwritten.
+    """
+    target = Path(path).absolute()
+    if target.exists():
+        raise FileExistsError(
+            f"{target} already exists, and a served version never changes: "
+            f"write to a new version number, or remove it first"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A leading dot and no number: no repository takes it for a version.
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.writing"
+    temporary.mkdir()
+    try:
+        (temporary / _GRAPH).write_bytes(graph.serialize())
+        _save_arrays(temporary / _WEIGHTS, weights)
+        _save_arrays(
+            temporary / _WITNESS,
+            {f"inputs/{k}": v for k, v in witness.inputs.items()}
+            | {f"outputs/{k}": v for k, v in witness.outputs.items()},
+        )
+        manifest = Manifest(
+            inputs=inputs,
+            outputs=outputs,
+            tile=tile,
+            weights=tuple(
+                WeightSpec(name=k, dtype=v.dtype.name, shape=v.shape, role=roles[k])
+                for k, v in weights.items()
+            ),
+            float_nbytes=float_nbytes,
+            platforms=tuple(graph.platforms),
+            tools=tools,
+            files={name: _digest(temporary / name) for name in _files(temporary)},
+        )
+        (temporary / _MANIFEST).write_text(_dump(manifest))
+        _sync(temporary)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return manifest
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """The manifest of the bundle at `path`, its own digest checked, the other files not yet.
+
+    Raises:
+      BundleError: there is none, it is not a manifest, it was changed, or its format is another.
+    """
+    file = Path(path) / _MANIFEST
+    try:
+        text = file.read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"{path} is not a bundle: its {_MANIFEST} cannot be read ({error.strerror}); "
+            f"`aqt convert` writes one"
+        ) from error
+    try:
+        document = json.loads(text)
+        version = document["format_version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise BundleError(f"{file} is damaged: it is no JSON manifest; convert again") from error
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has bundle format {version!r} and this program reads {FORMAT_VERSION}: "
+            f"use a newer aqt, or write it again with `aqt convert`"
+        )
+    stated = document.pop("digest", None)
+    if stated != _canonical_digest(document):
+        raise BundleError(
+            f"{file} was changed after conversion: its digest does not fit its content; "
+            f"convert again"
+        )
+    return _parse(document)
+
+
+def load(path: str | os.PathLike[str]) -> Bundle:
+    """The bundle at `path`, every file checked against the manifest.
+
+    Raises:
+      BundleError: a file is missing, unlisted, truncated or changed, or cannot be decoded.
+    """
+    root = Path(path)
+    manifest = read_manifest(root)
+    _check_files(root, manifest)
+    try:
+        graph = export.deserialize(bytearray((root / _GRAPH).read_bytes()))
+        weights = _load_arrays(root / _WEIGHTS)
+        witness = _load_arrays(root / _WITNESS)
+        ordered = tuple(weights[spec.name] for spec in manifest.weights)
+    except Exception as error:
+        raise BundleError(
+            f"{root} has the right digests but cannot be decoded by jax {jax.__version__} "
+            f"(it was written with {dict(manifest.tools)}): {error}"
+        ) from error
+    return Bundle(
+        manifest=manifest,
+        graph=graph,
+        weights=ordered,
+        witness=Witness(
+            inputs={spec.name: witness[f"inputs/{spec.name}"] for spec in manifest.inputs},
+            outputs={spec.name: witness[f"outputs/{spec.name}"] for spec in manifest.outputs},
+        ),
+    )
+
+
+def _save_arrays(path: Path, arrays: Arrays) -> None:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, dict(arrays))
+
+
+def _load_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    with ocp.StandardCheckpointer() as checkpointer:
+        return {k: np.asarray(v) for k, v in checkpointer.restore(path.absolute()).items()}
+
+
+def _files(root: Path) -> list[str]:
+    return sorted(
+        file.relative_to(root).as_posix()
+        for file in root.rglob("*")
+        if not file.is_dir() and file != root / _MANIFEST
+    )
+
+
+def _digest(file: Path) -> FileDigest:
+    with file.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return FileDigest(sha256=sha256, nbytes=file.stat().st_size)
+
+
+def _check_files(root: Path, manifest: Manifest) -> None:
+    present = set(_files(root))
+    wrong = [f"{name} is missing" for name in sorted(set(manifest.files) - present)]
+    wrong += [f"{name} is not listed" for name in sorted(present - set(manifest.files))]
+    for name in sorted(present & set(manifest.files)):
+        expected, found = manifest.files[name], _digest(root / name)
+        if found.nbytes != expected.nbytes:
+            wrong.append(f"{name} has {found.nbytes} bytes instead of {expected.nbytes}")
+        elif found != expected:
+            wrong.append(f"{name} has other content than was written")
+    if wrong:
+        raise BundleError(
+            f"{root} does not match its manifest: {'; '.join(wrong)}; copy it again from its "
+            f"source or convert again"
+        )
+
+
+def _dump(manifest: Manifest) -> str:
+    document = {"format_version": FORMAT_VERSION} | dataclasses.asdict(manifest)
+    # Through JSON once, so that what is digested is what a reader will have parsed.
+    document = json.loads(json.dumps(document))
+    return json.dumps(document | {"digest": _canonical_digest(document)}, indent=1)
+
+
+def _canonical_digest(document: Mapping[str, Any]) -> str:
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _parse(document: Mapping[str, Any]) -> Manifest:
+    fields = dict(document)
+    fields.pop("format_version")
+    for side in ("inputs", "outputs"):
+        fields[side] = tuple(
+            TensorSpec(name=t["name"], dtype=t["dtype"], shape=tuple(t["shape"]))
+            for t in fields[side]
+        )
+    fields["weights"] = tuple(
+        WeightSpec(name=w["name"], dtype=w["dtype"], shape=tuple(w["shape"]), role=w["role"])
+        for w in fields["weights"]
+    )
+    fields["platforms"] = tuple(fields["platforms"])
+    files = cast(Mapping[str, Mapping[str, Any]], fields["files"])
+    fields["files"] = {name: FileDigest(**file) for name, file in files.items()}
+    return Manifest(**fields)
+
+
+def _sync(root: Path) -> None:
+    """Puts every file on the disk before the rename makes the bundle visible."""
+    for path in [*root.rglob("*"), root]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

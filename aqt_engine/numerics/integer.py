@@ -1,0 +1,98 @@
+"""Symmetric integers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from aqt_engine.numerics.base import Numerics
+from aqt_engine.numerics.noise import Noise
+
+_MAX_BITS = 22
+"""Beyond this, float32 can no longer tell a bucket's edge from its centre."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class IntNumerics(Numerics):
+    """Signed integers of `bits` bits, symmetric about zero.
+
+    With `preserve_zero` the buckets are the integers: zero is one of them, and there are
+    2^bits - 1. Without it they are the half-integers, 2^bits of them; one bit gives -0.5 and 0.5.
+
+    With `preserve_max_val` the calibrated bound of a tensor falls onto the centre of the last
+    bucket, else onto that bucket's outer edge, half a bucket further: at 8 bits, 127.5.
+
+    `clip` keeps values inside the last bucket, `round` puts them onto a centre, `clip_gradient`
+    stops gradients where a value was clipped. `noise_fn` makes rounding stochastic. `dtype` is
+    what the buckets are stored as; None keeps the input's float dtype.
+
+    Raises:
+      ValueError: `bits` is not in 1..22, one bit is asked to preserve zero, or `dtype` cannot hold
+        the buckets.
+    """
+
+    bits: int
+    preserve_zero: bool
+    preserve_max_val: bool
+    clip: bool
+    clip_gradient: bool
+    round: bool
+    noise_fn: Noise | None = None
+    dtype: DTypeLike | None = None
+
+    def __post_init__(self):
+        if not 1 <= self.bits <= _MAX_BITS:
+            raise ValueError(f"`bits` must be from 1 to {_MAX_BITS}, got {self.bits}")
+        if self.bits == 1 and self.preserve_zero:
+            raise ValueError(
+                "one bit has no bucket left beside zero: set `preserve_zero=False` (buckets -0.5 "
+                "and 0.5), or use 2 bits"
+            )
+        if self.dtype is None or not jnp.issubdtype(self.dtype, jnp.integer):
+            return
+        if not (self.preserve_zero and self.round and self.clip):
+            raise ValueError(
+                f"`dtype={jnp.dtype(self.dtype).name}` holds whole numbers only: set "
+                f"`preserve_zero`, `round` and `clip`, or leave `dtype` None"
+            )
+        if self.clip_bound() > jnp.iinfo(self.dtype).max:
+            raise ValueError(
+                f"`dtype={jnp.dtype(self.dtype).name}` cannot hold {self.bits}-bit buckets: "
+                f"use a wider dtype"
+            )
+
+    def needs_key(self) -> bool:
+        """Whether there is a `noise_fn`."""
+        return self.noise_fn is not None
+
+    def quant_bound(self) -> float:
+        """Edge or centre of the last bucket, as `preserve_max_val` says."""
+        return self._last_edge() - (0.5 if self.preserve_max_val else 0.0)
+
+    def clip_bound(self) -> float:
+        """The largest magnitude that is not clipped: 127 for the default 8 bits."""
+        return self._last_edge() - (0.5 if self.round else 0.0)
+
+    def quantize(self, scaled: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The buckets of `scaled`: noise, clip, round half to even (without zero: floor + 0.5)."""
+        x = scaled
+        if self.noise_fn is not None:
+            if key is None:
+                raise ValueError(
+                    "stochastic rounding needs a PRNG key and got none: pass `key=` (in Flax, "
+                    "`rngs={'params': key}`), or configure without `noise_fn`"
+                )
+            x = (x + self.noise_fn.draw(key, x.shape)).astype(scaled.dtype)
+        if self.clip:
+            x = jnp.clip(x, -self.clip_bound(), self.clip_bound())
+        if self.round:
+            x = jnp.round(x) if self.preserve_zero else jnp.floor(x) + 0.5
+        return x if self.dtype is None else x.astype(self.dtype)
+
+    def gradient_mask(self, scaled: jax.Array) -> jax.Array | None:
+        """False where `clip_gradient` is set and the value was clipped."""
+        return jnp.abs(scaled) <= self.clip_bound() if self.clip_gradient else None
+
+    def _last_edge(self) -> float:
+        return 2.0 ** (self.bits - 1) - (0.5 if self.preserve_zero else 0.0)

@@ -1,0 +1,102 @@
+"""From a float tensor to a quantized one."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.tree_util import Partial
+
+from aqt_engine.calibration import AbsMaxCalibration, Calibration, ceil_to_power_of_two
+from aqt_engine.context import Context
+from aqt_engine.numerics import NoNumerics, Numerics
+from aqt_engine.qtensor import QTensor
+
+SharedAxes = int | Sequence[int] | Literal["per_tensor"] | None
+Gradient = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Quantizer:
+    """How one tensor is quantized.
+
+    `calib_shared_axes` are the axes over which values share a scale; None takes the
+    `calibration_axes` of the call, "per_tensor" all of them. With `scale_stop_grad` no gradient
+    flows into the scale. With `po2_scale` scales are rounded up to powers of two.
+    """
+
+    numerics: Numerics | NoNumerics
+    calib_shared_axes: SharedAxes = None
+    scale_stop_grad: bool = True
+    calibration: Calibration = AbsMaxCalibration()
+    po2_scale: bool = False
+    context: Context = Context()
+
+    def calibrate(self, x: jax.Array, *, calibration_axes: int | Sequence[int]) -> jax.Array:
+        """The scale of `x`: its dtype, its shape with 1 in the shared axes.
+
+        Raises:
+          ValueError: the numerics quantize nothing, so that there is no scale.
+        """
+        numerics = self._numerics()
+        axes = shared_axes(self.calib_shared_axes, calibration_axes, x.ndim)
+        scale = self.calibration.bound(x, axes) / numerics.quant_bound()
+        if self.po2_scale:
+            scale = ceil_to_power_of_two(scale)
+        scale = scale.astype(x.dtype)
+        return lax.stop_gradient(scale) if self.scale_stop_grad else scale
+
+    def quant(
+        self, x: jax.Array, *, calibration_axes: int | Sequence[int]
+    ) -> tuple[QTensor, Gradient]:
+        """`x` quantized, and the function from a cotangent of the result to one of `x`.
+
+        Values share a scale along `calibration_axes`, for a contraction those contracted over.
+        """
+        x = jnp.asarray(x)
+        if isinstance(self.numerics, NoNumerics):
+            return QTensor(x, None, x.dtype), Partial(_straight_through, None)
+        scale = self.calibrate(x, calibration_axes=calibration_axes)
+        return self.quant_with(scale, x)
+
+    def quant_with(self, scale: jax.Array, x: jax.Array) -> tuple[QTensor, Gradient]:
+        """As `quant`, with a `scale` that is given rather than calibrated."""
+        numerics = self._numerics()
+        scaled = x * _reciprocal(scale)
+        qvalue = numerics.quantize(scaled, self.context.key)
+        gradient = Partial(_straight_through, numerics.gradient_mask(scaled))
+        return QTensor(qvalue, scale, x.dtype), gradient
+
+    def _numerics(self) -> Numerics:
+        if isinstance(self.numerics, NoNumerics):
+            raise ValueError("NoNumerics leaves a tensor in float and gives it no scale")
+        return self.numerics
+
+
+def shared_axes(own: SharedAxes, calibration_axes: int | Sequence[int], ndim: int):
+    """The axes over which values share a scale, sorted and from 0 to `ndim - 1`.
+
+    Raises:
+      ValueError: an axis is out of range.
+    """
+    if own == "per_tensor":
+        return tuple(range(ndim))
+    axes = calibration_axes if own is None else own
+    if isinstance(axes, str):
+        raise ValueError(f'`calib_shared_axes` must be axes or "per_tensor", got {axes!r}')
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    if any(not -ndim <= axis < ndim for axis in axes):
+        raise ValueError(f"calibration axes {axes} do not fit a tensor of {ndim} dimensions")
+    return tuple(sorted({axis % ndim for axis in axes}))
+
+
+def _straight_through(mask: jax.Array | None, cotangent: jax.Array) -> jax.Array:
+    return cotangent if mask is None else jnp.where(mask, cotangent, 0)
+
+
+def _reciprocal(scale: jax.Array) -> jax.Array:
+    """1 / scale, and 1 where that overflows: so small a scale quantizes everything to zero."""
+    inverse = lax.reciprocal(scale)
+    return jnp.where(jnp.isinf(inverse), jnp.ones_like(inverse), inverse)

@@ -1,0 +1,1 @@
+"""The command `aqt`: one module for each subcommand."""
