@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,6 +73,12 @@ class WeightSpec:
     dtype: str
     shape: tuple[int, ...]
     role: str
+
+    @property
+    def bits(self) -> int:
+        """Bits of one value."""
+        dtype = np.dtype(self.dtype)
+        return 4 if self.dtype in ("int4", "uint4") else 8 * dtype.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -145,11 +151,13 @@ def write(
     float_nbytes: int,
     tools: Mapping[str, str],
     witness: Witness,
+    check: Callable[[Bundle], None] = lambda written: None,
 ) -> Manifest:
     """Writes a bundle at `path`, whole or not at all, and returns its manifest.
 
     `graph` takes the flat list of `weights`, in their order, then the flat list of inputs, each of
-    `tile` rows, and returns the flat list of outputs.
+    `tile` rows, and returns the flat list of outputs. `check` is given the bundle as a reader will
+    load it, before it becomes visible; what it raises leaves nothing behind.
 
     Raises:
       FileExistsError: something already stands at `path`; a version is never overwritten.
@@ -186,6 +194,7 @@ def write(
             files={name: _digest(temporary / name) for name in _files(temporary)},
         )
         (temporary / _MANIFEST).write_text(_dump(manifest))
+        check(load(temporary))
         _sync(temporary)
         temporary.rename(target)
     except BaseException:

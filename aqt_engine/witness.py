@@ -4,9 +4,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from aqt_engine.bundle import Arrays, Witness
+
+Forward = Callable[[Mapping[str, np.ndarray[Any, Any]]], Arrays]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +62,72 @@ def compare(found: Arrays, expected: Arrays) -> Verdict:
     return Verdict(differences=tuple(_difference(k, found[k], expected[k]) for k in expected))
 
 
-def check(program: Callable[[Mapping[str, np.ndarray[Any, Any]]], Arrays], w: Witness) -> Verdict:
+def check(program: Forward, w: Witness) -> Verdict:
     """Runs `program` on the witness's inputs and compares with what training answered."""
     return compare(program(w.inputs), w.outputs)
+
+
+def prove(program: Forward, w: Witness) -> dict[str, Verdict]:
+    """Verdicts on the witness, by the manner in which its rows were presented.
+
+    Each row has to get the same bits in batches of every power of two, in any order, and beside
+    rows of zeros, of the largest and smallest values, of infinities and of NaNs.
+    """
+    rows = np.arange(len(next(iter(w.inputs.values()))))
+    verdicts: dict[str, Verdict] = {}
+    for power in range(len(rows).bit_length()):
+        first = rows[: 2**power]
+        verdicts[f"with the first {2**power} rows"] = _present(program, w, w.inputs, first)
+    verdicts["with all rows"] = _present(program, w, w.inputs, rows)
+    verdicts["with the rows reversed"] = _present(program, w, w.inputs, rows[::-1])
+    verdicts["with the rows shifted by one"] = _present(program, w, w.inputs, np.roll(rows, 1))
+    for neighbor in ("zeros", "largest values", "smallest values", "infinities", "NaNs"):
+        for parity, name in enumerate(("even", "odd")):
+            others = rows[1 - parity :: 2]
+            inputs = {k: _overwritten(v, others, neighbor) for k, v in w.inputs.items()}
+            verdicts[f"with {neighbor} beside the {name} rows"] = _present(
+                program, w, inputs, rows, compared=slice(parity, None, 2)
+            )
+    return verdicts
+
+
+def _present(
+    program: Forward,
+    w: Witness,
+    inputs: Arrays,
+    order: np.ndarray[Any, Any],
+    compared: slice = slice(None),
+) -> Verdict:
+    found = program({k: v[order] for k, v in inputs.items()})
+    return compare(
+        {k: v[compared] for k, v in found.items()},
+        {k: v[order][compared] for k, v in w.outputs.items()},
+    )
+
+
+def _overwritten(
+    array: np.ndarray[Any, Any], rows: np.ndarray[Any, Any], neighbor: str
+) -> np.ndarray[Any, Any]:
+    """`array` with `rows` full of what `neighbor` names, or the nearest that its dtype has."""
+    dtype = array.dtype
+    if dtype.kind == "b":
+        low, high, infinity, nan = False, True, True, True
+    elif dtype.kind in "iu":
+        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+        infinity, nan = high, low
+    else:
+        low, high = ml_dtypes.finfo(dtype).min, ml_dtypes.finfo(dtype).max
+        infinity, nan = np.inf, np.nan
+    values = {
+        "zeros": 0,
+        "largest values": high,
+        "smallest values": low,
+        "infinities": infinity,
+        "NaNs": nan,
+    }
+    changed = array.copy()
+    changed[rows] = values[neighbor]
+    return changed
 
 
 def _difference(output: str, found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]):

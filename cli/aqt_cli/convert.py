@@ -1,0 +1,108 @@
+"""`aqt convert`: a trained checkpoint and its model become a bundle."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from aqt_cli.failures import as_sentence
+
+
+def convert(
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="PACKAGE.MODULE:FACTORY",
+            help="A function from a QuantMode to the linen module that was trained.",
+        ),
+    ],
+    checkpoint: Annotated[
+        Path, typer.Option(help="The Orbax checkpoint: parameters, collections or a train state.")
+    ],
+    example: Annotated[
+        Path,
+        typer.Option(
+            help="An .npz of typical inputs, an array of rows for each argument of the model. "
+            "They become the witness, so give real ones."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(metavar="REPOSITORY/NAME/VERSION", help="The bundle to write.")
+    ],
+    tile: Annotated[
+        int, typer.Option(help="Rows that are computed at once; the bits depend on it.")
+    ] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Converts a trained model for serving, and proves that it still answers what was trained."""
+    # The heavy imports wait until the command runs: `aqt --help` and `aqt predict` need no JAX.
+    import numpy as np
+    from rich.console import Console
+
+    from aqt_engine.bundle import BundleError
+    from aqt_engine.checkpoint import CheckpointError, load_variables
+    from aqt_engine.convert import ConversionError
+    from aqt_engine.convert import convert as convert_model
+
+    progress = Console(stderr=True)
+    with (
+        as_sentence(BundleError, CheckpointError, ConversionError, FileExistsError, OSError),
+        progress.status("Reading the checkpoint") as status,
+    ):
+        factory = _load_factory(model)
+        variables = load_variables(checkpoint)
+        try:
+            with np.load(example) as arrays:
+                inputs = {name: arrays[name] for name in arrays.files}
+        except (ValueError, AttributeError) as error:
+            raise ConversionError(
+                f"{example} is no .npz file of plain arrays ({error}): write it with numpy.savez"
+            ) from error
+
+        def show(stage: str) -> None:
+            progress.print(f"  {stage}", style="dim")
+            status.update(stage)
+
+        manifest = convert_model(factory, variables, inputs, output, tile=tile, on_stage=show)
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "bundle": str(output),
+                    "tile": manifest.tile,
+                    "float_bytes": manifest.float_nbytes,
+                    "bundle_bytes": manifest.nbytes,
+                }
+            )
+        )
+        return
+    Console().print(
+        f"[bold]{output}[/bold]: weights {manifest.float_nbytes:,} bytes in float, "
+        f"{manifest.nbytes:,} converted "
+        f"([bold]{manifest.float_nbytes / max(1, manifest.nbytes):.2f}x[/bold] smaller); "
+        f"exact on its witness",
+        soft_wrap=True,
+    )
+
+
+def _load_factory(reference: str) -> Callable[..., Any]:
+    module_name, _, attribute = reference.partition(":")
+    if not module_name or not attribute:
+        raise typer.BadParameter(
+            f"{reference!r} is not of the form package.module:factory", param_hint="--model"
+        )
+    # A console script does not have the working directory on its path, where models mostly are.
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(
+            f"{error}; run `aqt convert` where {module_name!r} can be imported",
+            param_hint="--model",
+        ) from error
+    except AttributeError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from error

@@ -1,0 +1,102 @@
+"""`aqt inspect`: what a bundle holds, without running it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from aqt_cli.failures import as_sentence
+
+if TYPE_CHECKING:
+    from aqt_engine.bundle import Manifest
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory NAME/VERSION.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Shows a bundle's signature, and its layers with their dtypes, bits and bytes."""
+    from aqt_engine.bundle import BundleError, read_manifest
+
+    with as_sentence(BundleError):
+        manifest = read_manifest(bundle)
+    if as_json:
+        typer.echo(json.dumps(_document(bundle, manifest), indent=1))
+    else:
+        _print(bundle, manifest)
+
+
+def _layers(manifest: "Manifest") -> list[dict[str, Any]]:
+    """One entry for each quantized or float weight; a scale stands with its values."""
+    scales = {w.name.removesuffix("/scale"): w for w in manifest.weights if w.role == "scale"}
+    layers: list[dict[str, Any]] = []
+    for weight in manifest.weights:
+        if weight.role == "scale":
+            continue
+        layer = weight.name.removesuffix("/qvalue") if weight.role == "qvalue" else weight.name
+        scale = scales.get(layer) if weight.role == "qvalue" else None
+        layers.append(
+            {
+                "layer": layer,
+                "shape": list(weight.shape),
+                "dtype": weight.dtype,
+                "bits": weight.bits,
+                "scale_shape": None if scale is None else list(scale.shape),
+                "bytes": weight.nbytes + (0 if scale is None else scale.nbytes),
+                "quantized": weight.role == "qvalue",
+            }
+        )
+    return layers
+
+
+def _document(bundle: Path, manifest: "Manifest") -> dict[str, Any]:
+    return {
+        "bundle": str(bundle),
+        "inputs": [dataclasses.asdict(spec) for spec in manifest.inputs],
+        "outputs": [dataclasses.asdict(spec) for spec in manifest.outputs],
+        "tile": manifest.tile,
+        "platforms": list(manifest.platforms),
+        "tools": dict(manifest.tools),
+        "layers": _layers(manifest),
+        "float_bytes": manifest.float_nbytes,
+        "bundle_bytes": manifest.nbytes,
+        "files": {name: file.nbytes for name, file in manifest.files.items()},
+    }
+
+
+def _print(bundle: Path, manifest: "Manifest") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    signature = Table(title=f"Signature of {bundle}", title_justify="left")
+    for column in ("", "name", "dtype", "shape"):
+        signature.add_column(column)
+    for side, specs in (("input", manifest.inputs), ("output", manifest.outputs)):
+        for spec in specs:
+            signature.add_row(side, spec.name, spec.dtype, str(list(spec.shape)))
+    console.print(signature)
+
+    table = Table(title="Weights", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    for column in ("dtype", "bits", "shape", "scales", "bytes"):
+        table.add_column(column, justify="right")
+    for layer in _layers(manifest):
+        table.add_row(
+            layer["layer"],
+            layer["dtype"],
+            str(layer["bits"]),
+            "x".join(map(str, layer["shape"])) or "scalar",
+            "" if layer["scale_shape"] is None else "x".join(map(str, layer["scale_shape"])),
+            f"{layer['bytes']:,}",
+            style="" if layer["quantized"] else "dim",
+        )
+    console.print(table)
+    console.print(
+        f"{manifest.float_nbytes:,} bytes of float weights became {manifest.nbytes:,}; "
+        f"tile of {manifest.tile} rows; for {', '.join(manifest.platforms)}; written with "
+        + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
+        soft_wrap=True,
+    )
