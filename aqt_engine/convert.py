@@ -11,8 +11,8 @@ any neighbors; what does not is refused here, and so never reaches a server.
 import dataclasses
 import importlib.metadata
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import flax.linen as nn
@@ -45,7 +45,7 @@ def convert(
     model: ModelFactory,
     variables: Variables,
     example: Arrays,
-    path: Path,
+    path: str | os.PathLike[str],
     *,
     tile: int = DEFAULT_TILE,
     on_stage: Callable[[str], None] = lambda stage: None,

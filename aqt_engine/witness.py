@@ -91,6 +91,15 @@ def prove(program: Forward, w: Witness) -> dict[str, Verdict]:
     return verdicts
 
 
+def at_least(w: Witness, rows: int) -> Witness:
+    """The witness, repeated as often as it takes to have `rows` rows."""
+    times = -(-rows // len(next(iter(w.inputs.values()))))
+    return Witness(
+        inputs={k: np.concatenate([v] * times) for k, v in w.inputs.items()},
+        outputs={k: np.concatenate([v] * times) for k, v in w.outputs.items()},
+    )
+
+
 def _present(
     program: Forward,
     w: Witness,

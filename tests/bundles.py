@@ -57,3 +57,15 @@ def write_linear(path: Path, *, seed: int = 0, wrong_witness: bool = False) -> b
         witness=bundle.Witness(inputs={"x": x}, outputs={"y": y}),
         **SPECS,
     )
+
+
+def reference(path: Path, x: np.ndarray) -> np.ndarray:
+    """What the bundle at `path` has to answer to `x`, computed without serving code."""
+    loaded = bundle.load(path)
+    at_tile = jax.jit(linear)
+    padded = np.concatenate([x, np.zeros((-len(x) % TILE, FEATURES), np.float32)])
+    tiles = [
+        np.asarray(at_tile(list(loaded.weights), [padded[i : i + TILE]])[0])
+        for i in range(0, len(padded), TILE)
+    ]
+    return np.concatenate(tiles)[: len(x)]

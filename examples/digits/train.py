@@ -39,13 +39,18 @@ def split_digits() -> tuple[Digits, Digits]:
 
 
 def train(
-    model: Mixer, data: Digits, *, seed: int = 0, on_epoch: Callable[[float], None]
+    model: Mixer,
+    data: Digits,
+    *,
+    epochs: int = EPOCHS,
+    seed: int = 0,
+    on_epoch: Callable[[float], None],
 ) -> Mapping[str, jax.Array]:
     """The variables of `model` after training; `on_epoch` is told each epoch's mean loss."""
     steps = len(data.labels) // BATCH
     key, init_key = jax.random.split(jax.random.key(seed))
     variables = model.init(init_key, jnp.asarray(data.images[:1]))
-    optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, EPOCHS * steps), weight_decay=1e-2)
+    optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, epochs * steps), weight_decay=1e-2)
 
     @jax.jit
     def step(variables, state, key, images, labels):
@@ -60,7 +65,7 @@ def train(
 
     state = optimizer.init(variables)
     rng = np.random.default_rng(seed)
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         order = rng.permutation(len(data.labels))[: steps * BATCH].reshape(steps, BATCH)
         losses = []
         for i, rows in enumerate(order):

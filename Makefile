@@ -1,0 +1,41 @@
+# Everything that is done with this project has a name here; CI calls the same names.
+PYTHON ?= python3
+BIN := .venv/bin
+COMPILE := $(BIN)/uv pip compile --quiet --upgrade pyproject.toml --universal --python-version 3.11 \
+	--generate-hashes --no-emit-index-url --no-annotate --no-header
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test check fmt proto lock clean
+
+demo: .venv/installed  ## trains, converts, serves and compares every bit
+	$(BIN)/python -m examples.digits.demo
+
+test: check  ## all tests
+	$(BIN)/python -m pytest -q -n 2 -m slow
+
+check: .venv/installed  ## lint, types and the fast tests: under two minutes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python protos/generate.py --check
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+fmt: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: .venv/installed  ## generates code from the .proto again
+	$(BIN)/python protos/generate.py
+
+lock: .venv/installed  ## resolves pyproject.toml to versions and hashes again
+	$(COMPILE) --group dev -o requirements.txt
+	$(COMPILE) -c requirements.txt -o requirements-serve.txt
+
+clean:
+	rm -rf .venv out
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@

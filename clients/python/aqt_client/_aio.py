@@ -1,0 +1,128 @@
+"""The asyncio client: the blocking one's methods, awaited."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+import tenacity
+from grpc import aio
+from numpy.typing import ArrayLike
+
+from aqt_client import _codec
+from aqt_client._calls import CHANNEL_OPTIONS, Deadline, RetryPolicy, retry_arguments
+from aqt_client._results import InferResult, ModelMetadata, ServerMetadata
+from aqt_protos import open_inference_pb2 as pb
+from aqt_protos import open_inference_pb2_grpc as pb_grpc
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+
+class AsyncClient:
+    """A connection to a server, for the event loop that it is created in.
+
+    Arguments, results and errors are those of `Client`. A task that is cancelled while it awaits
+    a call cancels the request at the server too.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = 30.0,
+        credentials: grpc.ChannelCredentials | None = None,
+        retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen, so sharing it is safe
+    ):
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            raise RuntimeError(
+                "an AsyncClient belongs to the event loop that it is created in, and none runs: "
+                "create it inside a coroutine"
+            ) from None
+        self._timeout_s = timeout_s
+        self._retry = retry
+        self._channel = (
+            aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            if credentials is None
+            else aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+        )
+        self._stub: pb_grpc.GRPCInferenceServiceAsyncStub = pb_grpc.GRPCInferenceServiceStub(
+            self._channel
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection; calls that still run end with an error."""
+        await self._channel.close()
+
+    async def is_live(self) -> bool:
+        """Whether the server runs. One that cannot be reached is an error, not a no."""
+        return (await self._call(self._stub.ServerLive, pb.ServerLiveRequest())).live
+
+    async def is_ready(self) -> bool:
+        """Whether the server takes inference requests."""
+        return (await self._call(self._stub.ServerReady, pb.ServerReadyRequest())).ready
+
+    async def is_model_ready(self, name: str, version: str = "") -> bool:
+        """Whether the model takes inference requests. No version: the one that would answer."""
+        request = pb.ModelReadyRequest(name=name, version=version)
+        return (await self._call(self._stub.ModelReady, request)).ready
+
+    async def server_metadata(self) -> ServerMetadata:
+        """What the server says of itself."""
+        response = await self._call(self._stub.ServerMetadata, pb.ServerMetadataRequest())
+        return _codec.server_metadata(response)
+
+    async def model_metadata(self, name: str, version: str = "") -> ModelMetadata:
+        """The model's signature. No version: that of the one that would answer.
+
+        Raises:
+          NotFound: the server has no such model or version.
+        """
+        request = pb.ModelMetadataRequest(name=name, version=version)
+        return _codec.model_metadata(await self._call(self._stub.ModelMetadata, request))
+
+    async def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, ArrayLike],
+        *,
+        version: str = "",
+        outputs: Sequence[str] | None = None,
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> InferResult:
+        """The model's answer to `inputs`; all as in `Client.infer`."""
+        request = _codec.infer_request(
+            model, inputs, version=version, outputs=outputs, request_id=request_id
+        )
+        return _codec.infer_result(await self._call(self._stub.ModelInfer, request, timeout_s))
+
+    async def _call(
+        self,
+        method: "aio.UnaryUnaryMultiCallable[Request, Response]",  # generic only in its stub
+        request: Request,
+        timeout_s: float | None = None,
+    ) -> Response:
+        deadline = Deadline(self._timeout_s if timeout_s is None else timeout_s)
+
+        async def attempt() -> Response:
+            try:
+                return await method(request, timeout=deadline.remaining_s())
+            except grpc.RpcError as error:
+                raise deadline.error(error) from error
+
+        return await tenacity.AsyncRetrying(**retry_arguments(self._retry, deadline))(attempt)

@@ -1,0 +1,93 @@
+"""What a call can fail with.
+
+    ClientError
+    ├── InvalidRequest    INVALID_ARGUMENT, OUT_OF_RANGE    the request is wrong (a ValueError)
+    ├── NotFound          NOT_FOUND                         no such model or version
+    ├── AccessDenied      UNAUTHENTICATED, PERMISSION_DENIED
+    ├── Unavailable       UNAVAILABLE                       retried
+    ├── Overloaded        RESOURCE_EXHAUSTED                retried
+    ├── MessageTooLarge   RESOURCE_EXHAUSTED                from gRPC itself
+    ├── DeadlineExceeded  DEADLINE_EXCEEDED                 no answer in time (a TimeoutError)
+    └── ServerError       every other code, and answers that break the protocol
+
+Arguments that cannot be sent at all are plain ValueErrors, raised before anything is sent.
+"""
+
+from typing import cast
+
+import grpc
+
+
+class ClientError(Exception):
+    """A call failed; the text is the server's sentence.
+
+    `code` is the gRPC status of the last attempt.
+    """
+
+    def __init__(self, message: str, *, code: grpc.StatusCode):
+        super().__init__(message)
+        self.code = code
+
+    def __reduce__(self):  # an exception is otherwise rebuilt without its keyword arguments
+        return _rebuild, (type(self), str(self), self.code)
+
+
+class InvalidRequest(ClientError, ValueError):
+    """The server refused the request: a name, a datatype, a shape or a value is wrong."""
+
+
+class NotFound(ClientError):
+    """The server has no such model or version."""
+
+
+class AccessDenied(ClientError):
+    """The server does not know the caller, or does not let it do this."""
+
+
+class Unavailable(ClientError):
+    """The server cannot be reached, or does not take requests now."""
+
+
+class Overloaded(ClientError):
+    """The server has more requests than it takes."""
+
+
+class MessageTooLarge(ClientError):
+    """The request is larger than the server takes, or the answer larger than the client does."""
+
+
+class DeadlineExceeded(ClientError, TimeoutError):
+    """There was no answer within the call's time."""
+
+
+class ServerError(ClientError):
+    """The server failed, or its answer breaks the protocol."""
+
+
+_BY_CODE: dict[grpc.StatusCode, type[ClientError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
+    grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+}
+
+
+def from_rpc(error: grpc.RpcError, *, timeout_s: float) -> ClientError:
+    """The error of the tree that stands for what gRPC raised in a call with `timeout_s`."""
+    call = cast(grpc.Call, error)  # what a failed call raises is a Call too
+    code = call.code()
+    message = call.details() or f"the server gave no reason for {code.name}"
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        message = f"no answer within {timeout_s:g} s: {message}"
+    # gRPC gives it the code of an overloaded server; only the text tells that to repeat is vain.
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "message larger than max" in message:
+        return MessageTooLarge(message, code=code)
+    return _BY_CODE.get(code, ServerError)(message, code=code)
+
+
+def _rebuild(kind: type[ClientError], message: str, code: grpc.StatusCode) -> ClientError:
+    return kind(message, code=code)

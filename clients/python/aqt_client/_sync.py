@@ -1,0 +1,131 @@
+"""The blocking client."""
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+import tenacity
+from numpy.typing import ArrayLike
+
+from aqt_client import _codec
+from aqt_client._calls import CHANNEL_OPTIONS, Deadline, RetryPolicy, retry_arguments
+from aqt_client._results import InferResult, ModelMetadata, ServerMetadata
+from aqt_protos import open_inference_pb2 as pb
+from aqt_protos import open_inference_pb2_grpc as pb_grpc
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+
+class Client:
+    """A connection to a server; may be used by many threads at once.
+
+    `address` is "host:port". `timeout_s` is the time that a call has for all of its attempts
+    together. Without `credentials` the connection is not encrypted; `grpc.ssl_channel_credentials`
+    makes them. Nothing is connected before the first call.
+
+    Every method raises the errors of `ClientError`'s tree, of which Unavailable, Overloaded and
+    DeadlineExceeded can happen to any call.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = 30.0,
+        credentials: grpc.ChannelCredentials | None = None,
+        retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen, so sharing it is safe
+    ):
+        self._timeout_s = timeout_s
+        self._retry = retry
+        self._channel = (
+            grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+            if credentials is None
+            else grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+        )
+        self._stub = pb_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection; calls that still run end with an error."""
+        self._channel.close()
+
+    def is_live(self) -> bool:
+        """Whether the server runs. One that cannot be reached is an error, not a no."""
+        return self._call(self._stub.ServerLive, pb.ServerLiveRequest()).live
+
+    def is_ready(self) -> bool:
+        """Whether the server takes inference requests."""
+        return self._call(self._stub.ServerReady, pb.ServerReadyRequest()).ready
+
+    def is_model_ready(self, name: str, version: str = "") -> bool:
+        """Whether the model takes inference requests. No version: the one that would answer."""
+        request = pb.ModelReadyRequest(name=name, version=version)
+        return self._call(self._stub.ModelReady, request).ready
+
+    def server_metadata(self) -> ServerMetadata:
+        """What the server says of itself."""
+        response = self._call(self._stub.ServerMetadata, pb.ServerMetadataRequest())
+        return _codec.server_metadata(response)
+
+    def model_metadata(self, name: str, version: str = "") -> ModelMetadata:
+        """The model's signature. No version: that of the one that would answer.
+
+        Raises:
+          NotFound: the server has no such model or version.
+        """
+        request = pb.ModelMetadataRequest(name=name, version=version)
+        return _codec.model_metadata(self._call(self._stub.ModelMetadata, request))
+
+    def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, ArrayLike],
+        *,
+        version: str = "",
+        outputs: Sequence[str] | None = None,
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> InferResult:
+        """The model's answer to `inputs`, which are arrays by name, the batch dimension first.
+
+        Arrays of str, bytes or object go as BYTES. `outputs` names those that are wanted, None
+        wants all. `timeout_s` replaces the client's for this call. Where the server is
+        unavailable or overloaded the request is sent again, within the same time.
+
+        Raises:
+          ValueError: an input cannot be sent; nothing was.
+          InvalidRequest: the server refused the inputs.
+          NotFound: the server has no such model or version.
+        """
+        request = _codec.infer_request(
+            model, inputs, version=version, outputs=outputs, request_id=request_id
+        )
+        return _codec.infer_result(self._call(self._stub.ModelInfer, request, timeout_s))
+
+    def _call(
+        self,
+        method: "grpc.UnaryUnaryMultiCallable[Request, Response]",  # generic only in its stub
+        request: Request,
+        timeout_s: float | None = None,
+    ) -> Response:
+        deadline = Deadline(self._timeout_s if timeout_s is None else timeout_s)
+
+        def attempt() -> Response:
+            try:
+                return method(request, timeout=deadline.remaining_s())
+            except grpc.RpcError as error:
+                raise deadline.error(error) from error
+
+        return tenacity.Retrying(**retry_arguments(self._retry, deadline))(attempt)

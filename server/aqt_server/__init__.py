@@ -1,0 +1,1 @@
+"""A gRPC server that answers bit for bit what was trained."""

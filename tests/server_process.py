@@ -1,0 +1,82 @@
+"""A real server process for tests: on a free port, with its log kept, ended by its own id."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+AQT = Path(sys.executable).parent / "aqt"
+WAIT_S = 120
+# One for all servers of a test run, so that each executable is compiled once.
+_CACHE = tempfile.TemporaryDirectory(prefix="aqt-tests-compiled-")
+
+
+class ServerProcess:
+    def __init__(self, command: list[str | Path], log: Path):
+        self._log = log
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=stream, text=True
+            )
+        line = self.process.stdout.readline()
+        assert line.startswith("listening on "), self.log()
+        self.address = line.split()[-1]
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def wait_ready(self) -> None:
+        """Blocks on the health service's own stream until everything is loaded or refused."""
+        with grpc.insecure_channel(self.address) as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(
+                health_pb2.HealthCheckRequest(), timeout=WAIT_S, wait_for_ready=True
+            )
+            for response in watch:
+                if response.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+        raise AssertionError(f"the server ended before it was ready: {self.log()}")
+
+    def terminate(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(WAIT_S)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(WAIT_S)
+
+
+@contextlib.contextmanager
+def serving(
+    repository: Path, *flags: str, log: Path, ready: bool = True
+) -> Iterator[ServerProcess]:
+    command = [AQT, "serve", "--model-repository", repository, "--port", "0"]
+    command += ["--compilation-cache", _CACHE.name, *flags]
+    server = ServerProcess(command, log)
+    try:
+        if ready:
+            server.wait_ready()
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.kill()
+        server.process.stdout.close()
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Returns once `condition` holds, which has to be within the bounded wait."""
+    end = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < end, "the condition never came to hold"
+        time.sleep(0.05)
+
+
+def environment(**variables: str) -> dict[str, str]:
+    return {**os.environ, **variables}
