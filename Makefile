@@ -3,7 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade pyproject.toml --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-annotate --no-header
-export JAX_PLATFORMS ?= cpu
 
 .PHONY: demo test check fmt proto lock clean
 

@@ -75,7 +75,7 @@ def _print(result: "InferResult") -> None:
     console.print(
         {
             True: "[green]exact[/green]: the bits that training computes",
-            False: "[red]not exact[/red]: training computes other bits",
+            False: "[red]not exact[/red]: the witness does not reproduce on this server",
             None: "the server does not say whether this is exact",
         }[result.exact]
     )

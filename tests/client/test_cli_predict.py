@@ -50,7 +50,10 @@ def test_it_shows_the_outputs_and_whether_they_are_exact(aqt, inputs):
 
 @pytest.mark.parametrize(
     ("exact", "sentence"),
-    [(False, "not exact: training computes other bits"), (None, "the server does not say")],
+    [
+        (False, "not exact: the witness does not reproduce on this server"),
+        (None, "the server does not say"),
+    ],
 )
 def test_it_shows_when_an_answer_is_not_exact(server, aqt, inputs, exact, sentence):
     response = pb.ModelInferResponse()

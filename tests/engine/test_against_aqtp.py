@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from engine.contractions import assert_same_bits, contractions
 
 from aqt_engine import Context, config
+from engine.contractions import assert_same_bits, contractions
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the oracle's own, on today's JAX

@@ -28,7 +28,6 @@ a wrong server from filling the memory.
 """
 
 CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_NBYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_NBYTES),
     # A server that restarts is back in a second or two, and gRPC would wait up to two minutes
     # before it connects again, failing every attempt meanwhile.
