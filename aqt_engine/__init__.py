@@ -4,7 +4,7 @@ from aqt_engine.config import DotGeneral as DotGeneral
 from aqt_engine.config import DotGeneralRaw as DotGeneralRaw
 from aqt_engine.config import Tensor as Tensor
 from aqt_engine.context import Context as Context
-from aqt_engine.context import QuantMode as QuantMode
+from aqt_engine.modes import QuantMode as QuantMode
 from aqt_engine.ops import dot_general as dot_general
 from aqt_engine.ops import einsum as einsum
 from aqt_engine.qtensor import QTensor as QTensor

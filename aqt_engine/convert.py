@@ -24,8 +24,8 @@ from jax import export
 
 from aqt_engine import bundle, witness
 from aqt_engine.bundle import Arrays, Bundle, TensorSpec
-from aqt_engine.context import QuantMode
 from aqt_engine.execution import Program
+from aqt_engine.modes import QuantMode
 from aqt_engine.qtensor import QTensor
 
 DEFAULT_TILE = 16
@@ -219,6 +219,8 @@ def _leaves(variables: Variables) -> list[_Leaf]:
         leaves.append(_Leaf(name=f"{name}/qvalue", value=value.qvalue, role="qvalue"))
         if value.scale is not None:
             leaves.append(_Leaf(name=f"{name}/scale", value=value.scale, role="scale"))
+        if value.bias is not None:
+            leaves.append(_Leaf(name=f"{name}/bias", value=value.bias, role="bias"))
     return leaves
 
 

@@ -8,11 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import Partial
+from jax.typing import DTypeLike
 
-from aqt_engine.calibration import AbsMaxCalibration, Calibration, ceil_to_power_of_two
+from aqt_engine.calibration import (
+    AbsMaxCalibration,
+    Calibration,
+    ceil_to_power_of_two,
+    reciprocal,
+)
 from aqt_engine.context import Context
 from aqt_engine.numerics import NoNumerics, Numerics
-from aqt_engine.qtensor import QTensor
+from aqt_engine.qtensor import QTensor, Scale
 
 SharedAxes = int | Sequence[int] | Literal["per_tensor"] | None
 Gradient = Callable[[jax.Array], jax.Array]
@@ -24,7 +30,8 @@ class Quantizer:
 
     `calib_shared_axes` are the axes over which values share a scale; None takes the
     `calibration_axes` of the call, "per_tensor" all of them. With `scale_stop_grad` no gradient
-    flows into the scale. With `po2_scale` scales are rounded up to powers of two.
+    flows into the scale. With `po2_scale` scales are rounded up to powers of two. `scale_dtype` is
+    the dtype of scale and bias; None takes that of the tensor.
     """
 
     numerics: Numerics | NoNumerics
@@ -33,20 +40,24 @@ class Quantizer:
     calibration: Calibration = AbsMaxCalibration()
     po2_scale: bool = False
     context: Context = Context()
+    scale_dtype: DTypeLike | None = None
 
-    def calibrate(self, x: jax.Array, *, calibration_axes: int | Sequence[int]) -> jax.Array:
-        """The scale of `x`: its dtype, its shape with 1 in the shared axes.
+    def calibrate(self, x: jax.Array, *, calibration_axes: int | Sequence[int]) -> Scale:
+        """The scale of `x`, and its bias if it has one: the shape of `x` with 1 in shared axes.
 
         Raises:
           ValueError: the numerics quantize nothing, so that there is no scale.
         """
         numerics = self._numerics()
         axes = shared_axes(self.calib_shared_axes, calibration_axes, x.ndim)
-        scale = self.calibration.bound(x, axes) / numerics.quant_bound()
+        scale = self.calibration.bound(x, axes, numerics) / numerics.quant_bound()
         if self.po2_scale:
             scale = ceil_to_power_of_two(scale)
-        scale = scale.astype(x.dtype)
-        return lax.stop_gradient(scale) if self.scale_stop_grad else scale
+        dtype = x.dtype if self.scale_dtype is None else self.scale_dtype
+        scale = scale.astype(dtype)
+        bias = self.calibration.bias(x, axes, scale)
+        calibrated = Scale(scale, None if bias is None else bias.astype(dtype))
+        return lax.stop_gradient(calibrated) if self.scale_stop_grad else calibrated
 
     def quant(
         self, x: jax.Array, *, calibration_axes: int | Sequence[int]
@@ -61,13 +72,14 @@ class Quantizer:
         scale = self.calibrate(x, calibration_axes=calibration_axes)
         return self.quant_with(scale, x)
 
-    def quant_with(self, scale: jax.Array, x: jax.Array) -> tuple[QTensor, Gradient]:
+    def quant_with(self, scale: Scale, x: jax.Array) -> tuple[QTensor, Gradient]:
         """As `quant`, with a `scale` that is given rather than calibrated."""
         numerics = self._numerics()
-        scaled = x * _reciprocal(scale)
+        shifted = x if scale.bias is None else x + scale.bias
+        scaled = shifted * reciprocal(scale.scale)
         qvalue = numerics.quantize(scaled, self.context.key)
         gradient = Partial(_straight_through, numerics.gradient_mask(scaled))
-        return QTensor(qvalue, scale, x.dtype), gradient
+        return QTensor(qvalue, scale.scale, x.dtype, scale.bias), gradient
 
     def _numerics(self) -> Numerics:
         if isinstance(self.numerics, NoNumerics):
@@ -94,9 +106,3 @@ def shared_axes(own: SharedAxes, calibration_axes: int | Sequence[int], ndim: in
 
 def _straight_through(mask: jax.Array | None, cotangent: jax.Array) -> jax.Array:
     return cotangent if mask is None else jnp.where(mask, cotangent, 0)
-
-
-def _reciprocal(scale: jax.Array) -> jax.Array:
-    """1 / scale, and 1 where that overflows: so small a scale quantizes everything to zero."""
-    inverse = lax.reciprocal(scale)
-    return jnp.where(jnp.isinf(inverse), jnp.ones_like(inverse), inverse)

@@ -14,7 +14,8 @@ import jax
 from jax.typing import DTypeLike
 
 from aqt_engine.config import DotGeneral
-from aqt_engine.context import Context, QuantMode
+from aqt_engine.context import Context
+from aqt_engine.modes import QuantMode
 from aqt_engine.ops.axes import DimensionNumbers
 from aqt_engine.ops.dot_general import Operand, quantize_lhs, quantize_rhs
 from aqt_engine.ops.einsum import contract, plan

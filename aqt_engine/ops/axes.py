@@ -66,6 +66,26 @@ class DotAxes:
             kept.shape[:batch] + (1,) * len(self.lhs_remaining) + kept.shape[batch:]
         )
 
+    def lhs_to_rhs(self, scale: jax.Array) -> jax.Array:
+        """`scale`, in the left's layout with 1 in its remaining axes, laid out as the right."""
+        return _relayout(
+            scale,
+            dict(zip(self.rhs_batch, self.lhs_batch, strict=True))
+            | dict(zip(self.rhs_contracting, self.lhs_contracting, strict=True)),
+            self.lhs_remaining,
+            self.rhs_remaining,
+        )
+
+    def rhs_to_lhs(self, scale: jax.Array) -> jax.Array:
+        """`scale`, in the right's layout with 1 in its remaining axes, laid out as the left."""
+        return _relayout(
+            scale,
+            dict(zip(self.lhs_batch, self.rhs_batch, strict=True))
+            | dict(zip(self.lhs_contracting, self.rhs_contracting, strict=True)),
+            self.rhs_remaining,
+            self.lhs_remaining,
+        )
+
     def dlhs(self) -> "tuple[DotAxes, Axes]":
         """The axes of (output gradient) x (right), and the permutation of its result to the left's.
 
@@ -109,3 +129,11 @@ class DotAxes:
             tuple(range(batch, batch + left)),
             tuple(range(batch + left, total)),
         )
+
+
+def _relayout(scale: jax.Array, source: dict[int, int], dropped: Axes, inserted: Axes) -> jax.Array:
+    """Takes axis `source[a]` of `scale` to axis `a`; the others have size 1."""
+    order = tuple(source[a] for a in sorted(source))
+    kept = jnp.transpose(scale, order + dropped)
+    kept = kept.reshape(kept.shape[: len(order)])
+    return jnp.expand_dims(kept, inserted)

@@ -11,21 +11,20 @@ contractions is quantized in the same manner by its own configuration. Method: A
 Training, as in Abdolrashidi et al., arXiv:2105.03536.
 """
 
+import dataclasses
 import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
 from aqt_engine.context import Context
-from aqt_engine.numerics import IntNumerics
-from aqt_engine.ops.axes import DimensionNumbers, DotAxes
-from aqt_engine.qtensor import QTensor
+from aqt_engine.ops.axes import Axes, DimensionNumbers, DotAxes
+from aqt_engine.ops.contraction import contract, require_shared, split_key
+from aqt_engine.qtensor import QTensor, Scale
 from aqt_engine.quantizer import Gradient
 
 if TYPE_CHECKING:
@@ -44,15 +43,21 @@ def dot_general(
     *,
     config: "DotGeneral",
     context: Context = Context(),
+    lhs_scale: Scale | None = None,
+    rhs_scale: Scale | None = None,
 ) -> jax.Array:
     """`jax.lax.dot_general`, quantized by `config`: batch, left and right remaining axes in order.
 
     A side that is a `QTensor` already is contracted as it stands, and then nothing here can be
-    differentiated. `precision` applies to float contractions only: integer sums are exact. The
-    result has the dtype of `lhs`, or `preferred_element_type` where that is given.
+    differentiated. A side with a scale given is quantized with that, and not calibrated; no
+    gradient flows into it. `precision` applies to float contractions only: integer sums are exact.
+    The result has the dtype of `lhs`, or `preferred_element_type` where that is given.
 
-    Bits: every value is the same eager, jitted, and in any batch, for configurations that
-    contract integers.
+    With `config.fwd.local_aqt`, a `QTensor` or a given scale has the shards as an axis of its own,
+    in front of the contracted axis that is sharded.
+
+    Bits: every value is the same eager, jitted, and in any batch, for configurations that contract
+    integers without a bias.
 
     Raises:
       TypeError: an operand is not float.
@@ -65,46 +70,81 @@ def dot_general(
                 f"`{side}` has dtype {operand.dtype}, and only floating-point tensors are "
                 f"quantized: cast it, or contract it with `jax.lax.dot_general`"
             )
-    axes = DotAxes.parse(dimension_numbers, lhs.ndim, rhs.ndim)
+    sharded = config.fwd.local_aqt is not None
+    axes = DotAxes.parse(
+        dimension_numbers,
+        lhs.ndim - (sharded and isinstance(lhs, QTensor)),
+        rhs.ndim - (sharded and isinstance(rhs, QTensor)),
+    )
+    lhs, rhs, axes = _shard_contraction(config.fwd, lhs, rhs, axes)
     precision = lax.Precision.DEFAULT if precision is None else precision
-    if isinstance(lhs, QTensor) or isinstance(rhs, QTensor):
-        out = cast(jax.Array, _contract_stored(config.fwd, axes, precision, lhs, rhs, context.key))
-    else:
-        out = cast(jax.Array, _dot_general(config, axes, precision, lhs, rhs, context.key))
+    stored = isinstance(lhs, QTensor) or isinstance(rhs, QTensor)
+    contraction = _contract_stored if stored else _dot_general
+    given = _Given(context.key, lhs_scale, rhs_scale)
+    out = cast(jax.Array, contraction(config, axes, precision, lhs, rhs, given))
+    if sharded:
+        out = jnp.sum(out, axis=0)
     return out.astype(lhs.dtype if preferred_element_type is None else preferred_element_type)
 
 
 def quantize_lhs(
-    x: jax.Array, rhs_ndim: int, dimension_numbers: DimensionNumbers, *, config: "DotGeneral"
+    x: jax.Array,
+    rhs_ndim: int,
+    dimension_numbers: DimensionNumbers,
+    *,
+    config: "DotGeneral",
+    scale: Scale | None = None,
 ) -> QTensor:
-    """`x` as the forward pass quantizes its left side: what conversion stores."""
+    """`x` as the forward pass quantizes its left side, with `scale` if given: what is stored."""
     axes = DotAxes.parse(dimension_numbers, x.ndim, rhs_ndim)
-    return _quantize(config.fwd.lhs, x, axes.lhs_contracting, None)[0]
+    x, contracting, batch = _sharded(config.fwd, x, axes.lhs_contracting, axes.lhs_batch)
+    return _quantize(config.fwd.lhs, x, contracting, batch, None, scale)[0]
 
 
 def quantize_rhs(
-    x: jax.Array, lhs_ndim: int, dimension_numbers: DimensionNumbers, *, config: "DotGeneral"
+    x: jax.Array,
+    lhs_ndim: int,
+    dimension_numbers: DimensionNumbers,
+    *,
+    config: "DotGeneral",
+    scale: Scale | None = None,
 ) -> QTensor:
-    """`x` as the forward pass quantizes its right side: what conversion stores."""
+    """`x` as the forward pass quantizes its right side, with `scale` if given: what is stored."""
     axes = DotAxes.parse(dimension_numbers, lhs_ndim, x.ndim)
-    return _quantize(config.fwd.rhs, x, axes.rhs_contracting, None)[0]
+    x, contracting, batch = _sharded(config.fwd, x, axes.rhs_contracting, axes.rhs_batch)
+    return _quantize(config.fwd.rhs, x, contracting, batch, None, scale)[0]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["key", "lhs_scale", "rhs_scale"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Given:
+    """What a contraction is given beside its operands, and no gradient flows into."""
+
+    key: _Key
+    lhs_scale: Scale | None
+    rhs_scale: Scale | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _contract_stored(
-    raw: "DotGeneralRaw",
+    config: "DotGeneral",
     axes: DotAxes,
     precision: lax.PrecisionLike,
     lhs: Operand,
     rhs: Operand,
-    key: _Key,
+    given: _Given,
 ) -> jax.Array:
-    lhs_key, rhs_key = _split(_split(key, 3)[0], 2)
+    raw = config.fwd
+    lhs_key, rhs_key = split_key(split_key(given.key, 3)[0], 2)
     if not isinstance(lhs, QTensor):
-        lhs = _quantize(raw.lhs, lhs, axes.lhs_contracting, lhs_key)[0]
+        sides = (axes.lhs_contracting, axes.lhs_batch)
+        lhs = _quantize(raw.lhs, lhs, *sides, lhs_key, given.lhs_scale)[0]
     if not isinstance(rhs, QTensor):
-        rhs = _quantize(raw.rhs, rhs, axes.rhs_contracting, rhs_key)[0]
-    return _contract(raw, lhs, rhs, axes, precision)
+        sides = (axes.rhs_contracting, axes.rhs_batch)
+        rhs = _quantize(raw.rhs, rhs, *sides, rhs_key, given.rhs_scale)[0]
+    return contract(raw, lhs, rhs, axes, precision).astype(lhs.dtype)
 
 
 def _contract_stored_fwd(*args: Any) -> tuple[jax.Array, None]:
@@ -129,9 +169,9 @@ def _dot_general(
     precision: lax.PrecisionLike,
     lhs: jax.Array,
     rhs: jax.Array,
-    key: _Key,
+    given: _Given,
 ) -> jax.Array:
-    return _forward(config, axes, precision, lhs, rhs, key)[0]
+    return _forward(config, axes, precision, lhs, rhs, given)[0]
 
 
 # What the backward contraction for the *other* side needs of an operand, and its own gradient.
@@ -144,13 +184,15 @@ def _forward(
     precision: lax.PrecisionLike,
     lhs: jax.Array,
     rhs: jax.Array,
-    key: _Key,
+    given: _Given,
 ) -> tuple[jax.Array, tuple[_Residual, _Residual, _Key, _Key]]:
-    fwd_key, dlhs_key, drhs_key = _split(key, 3)
-    lhs_key, rhs_key = _split(fwd_key, 2)
-    lhs_q, lhs_gradient = _quantize(config.fwd.lhs, lhs, axes.lhs_contracting, lhs_key)
-    rhs_q, rhs_gradient = _quantize(config.fwd.rhs, rhs, axes.rhs_contracting, rhs_key)
-    out = _contract(config.fwd, lhs_q, rhs_q, axes, precision)
+    fwd_key, dlhs_key, drhs_key = split_key(given.key, 3)
+    lhs_key, rhs_key = split_key(fwd_key, 2)
+    sides = (axes.lhs_contracting, axes.lhs_batch)
+    lhs_q, lhs_gradient = _quantize(config.fwd.lhs, lhs, *sides, lhs_key, given.lhs_scale)
+    sides = (axes.rhs_contracting, axes.rhs_batch)
+    rhs_q, rhs_gradient = _quantize(config.fwd.rhs, rhs, *sides, rhs_key, given.rhs_scale)
+    out = contract(config.fwd, lhs_q, rhs_q, axes, precision)
     lhs_kept = lhs_q if config.drhs.rhs.use_fwd_quant else lhs
     rhs_kept = rhs_q if config.dlhs.rhs.use_fwd_quant else rhs
     return out.astype(lhs.dtype), (
@@ -171,9 +213,9 @@ def _backward(
     (lhs, lhs_gradient), (rhs, rhs_gradient), dlhs_key, drhs_key = residuals
     dlhs_axes, to_lhs = axes.dlhs()
     drhs_axes, to_rhs = axes.drhs()
-    g_scaled, other = _as_forward_quantized(g, rhs, axes.rhs_to_output)
+    g_scaled, other = _as_forward_quantized(g, rhs, axes.rhs_contracting, axes.rhs_to_output)
     dlhs = _quantize_and_contract(config.dlhs, g_scaled, other, dlhs_axes, precision, dlhs_key)
-    g_scaled, other = _as_forward_quantized(g, lhs, axes.lhs_to_output)
+    g_scaled, other = _as_forward_quantized(g, lhs, axes.lhs_contracting, axes.lhs_to_output)
     drhs = _quantize_and_contract(config.drhs, g_scaled, other, drhs_axes, precision, drhs_key)
     return (
         lhs_gradient(jnp.transpose(dlhs, to_lhs)).astype(lhs.dtype),
@@ -186,13 +228,22 @@ _dot_general.defvjp(_forward, _backward)
 
 
 def _as_forward_quantized(
-    g: jax.Array, other: jax.Array | QTensor, to_output: Any
+    g: jax.Array,
+    other: jax.Array | QTensor,
+    contracting: Axes,
+    to_output: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     """The gradient times the other operand's scale, and that operand's integers in float."""
     if not isinstance(other, QTensor):
         return g, other
     if other.scale is None:
         return g, other.qvalue
+    if other.bias is not None:
+        raise ValueError(
+            "`use_fwd_quant` takes the forward's integers without their bias, and this side is "
+            "calibrated with one: set `use_fwd_quant=False`, or calibrate symmetrically"
+        )
+    require_shared("the forward's operand", other.scale, contracting)
     scaled = g * to_output(other.scale).astype(g.dtype)
     return scaled, other.qvalue.astype(other.dequant_dtype)
 
@@ -205,109 +256,55 @@ def _quantize_and_contract(
     precision: lax.PrecisionLike,
     key: _Key,
 ) -> jax.Array:
-    lhs_key, rhs_key = _split(key, 2)
-    if raw.local_aqt is not None:
-        count = raw.local_aqt.contraction_axis_shard_count
-        lhs, rhs, axes = _shard_contraction(lhs, rhs, axes, count)
-    lhs_q, _ = _quantize(raw.lhs, lhs, axes.lhs_contracting, lhs_key)
-    rhs_q, _ = _quantize(raw.rhs, rhs, axes.rhs_contracting, rhs_key)
-    out = _contract(raw, lhs_q, rhs_q, axes, precision).astype(
+    lhs_key, rhs_key = split_key(key, 2)
+    lhs, rhs, axes = _shard_contraction(raw, lhs, rhs, axes)
+    lhs_q, _ = _quantize(raw.lhs, lhs, axes.lhs_contracting, axes.lhs_batch, lhs_key, None)
+    rhs_q, _ = _quantize(raw.rhs, rhs, axes.rhs_contracting, axes.rhs_batch, rhs_key, None)
+    out = contract(raw, lhs_q, rhs_q, axes, precision).astype(
         jnp.promote_types(lhs.dtype, rhs.dtype)
     )
     return out if raw.local_aqt is None else jnp.sum(out, axis=0)
 
 
 def _shard_contraction(
-    lhs: jax.Array, rhs: jax.Array, axes: DotAxes, count: int
-) -> tuple[jax.Array, jax.Array, DotAxes]:
-    """Splits the first contracted axis into `count` shards, which become the first batch axis."""
+    raw: "DotGeneralRaw", lhs: Operand, rhs: Operand, axes: DotAxes
+) -> tuple[Any, Any, DotAxes]:
+    """Splits the first contracted axis into shards, which become the first batch axis."""
+    lhs, lhs_contracting, lhs_batch = _sharded(raw, lhs, axes.lhs_contracting, axes.lhs_batch)
+    rhs, rhs_contracting, rhs_batch = _sharded(raw, rhs, axes.rhs_contracting, axes.rhs_batch)
+    numbers = ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))
+    return lhs, rhs, DotAxes.parse(numbers, lhs.ndim, rhs.ndim)
 
-    def split(x: jax.Array, axis: int) -> jax.Array:
+
+def _sharded(
+    raw: "DotGeneralRaw", x: Any, contracting: Axes, batch: Axes
+) -> tuple[Any, Axes, Axes]:
+    """An operand with its shards in an axis of their own, and its axes then."""
+    if raw.local_aqt is None:
+        return x, contracting, batch
+    if not contracting:
+        raise ValueError("`local_aqt` splits a contracted axis, and this contraction has none")
+    axis, count = contracting[0], raw.local_aqt.contraction_axis_shard_count
+    # What is stored was split before it was quantized.
+    if not isinstance(x, QTensor):
         size, rest = divmod(x.shape[axis], count)
         if rest:
             raise ValueError(
                 f"a contracted axis of {x.shape[axis]} cannot be split into "
                 f"`contraction_axis_shard_count={count}` equal shards"
             )
-        return x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+        x = x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
 
-    def shift(kind: Sequence[int], axis: int) -> tuple[int, ...]:
+    def shifted(kind: Axes) -> Axes:
         return tuple(a + (a >= axis) for a in kind)
 
-    if not axes.lhs_contracting:
-        raise ValueError("`local_aqt` splits a contracted axis, and this contraction has none")
-    left, right = axes.lhs_contracting[0], axes.rhs_contracting[0]
-    lhs_batch = (left, *shift(axes.lhs_batch, left))
-    rhs_batch = (right, *shift(axes.rhs_batch, right))
-    contracting = (shift(axes.lhs_contracting, left), shift(axes.rhs_contracting, right))
-    lhs, rhs = split(lhs, left), split(rhs, right)
-    return lhs, rhs, DotAxes.parse((contracting, (lhs_batch, rhs_batch)), lhs.ndim, rhs.ndim)
+    return x, shifted(contracting), (axis, *shifted(batch))
 
 
 def _quantize(
-    tensor: "Tensor", x: jax.Array, contracting: tuple[int, ...], key: _Key
+    tensor: "Tensor", x: jax.Array, contracting: Axes, batch: Axes, key: _Key, scale: Scale | None
 ) -> tuple[QTensor, Gradient]:
-    return tensor.quantizer(key).quant(x, calibration_axes=contracting)
-
-
-def _contract(
-    raw: "DotGeneralRaw",
-    lhs: QTensor,
-    rhs: QTensor,
-    axes: DotAxes,
-    precision: lax.PrecisionLike,
-) -> jax.Array:
-    lhs_value, lhs_scale = _contraction_operand(raw.lhs, lhs)
-    rhs_value, rhs_scale = _contraction_operand(raw.rhs, rhs)
-    out_dtype = jnp.promote_types(lhs.dequant_dtype, rhs.dequant_dtype)
-    in_dtype = raw.dg_in_dtype
-    if in_dtype is None and lhs_value.dtype != rhs_value.dtype:
-        in_dtype = out_dtype
-    if in_dtype is not None:
-        lhs_value, rhs_value = lhs_value.astype(in_dtype), rhs_value.astype(in_dtype)
-    _check_accumulator(raw, math.prod(lhs_value.shape[a] for a in axes.lhs_contracting))
-    out = lax.dot_general(
-        lhs_value,
-        rhs_value,
-        axes.dimension_numbers,
-        precision=precision,
-        preferred_element_type=raw.dg_accumulator_dtype,
-    ).astype(out_dtype)
-    for side, scale, contracting, to_output in (
-        ("lhs", lhs_scale, axes.lhs_contracting, axes.lhs_to_output),
-        ("rhs", rhs_scale, axes.rhs_contracting, axes.rhs_to_output),
-    ):
-        if scale is None:
-            continue
-        if any(scale.shape[a] != 1 for a in contracting):
-            raise ValueError(
-                f"the scale of `{side}`, of shape {scale.shape}, varies along contracted axes "
-                f"{contracting}: add them to `calib_shared_axes`, or set `use_fake_quant`"
-            )
-        out = out * to_output(scale)
-    return out
-
-
-def _contraction_operand(tensor: "Tensor", q: QTensor) -> tuple[jax.Array, jax.Array | None]:
-    if tensor.use_fake_quant:
-        return q.dequant(), None
-    return q.qvalue, q.scale
-
-
-def _check_accumulator(raw: "DotGeneralRaw", contracted: int) -> None:
-    dtype = raw.dg_accumulator_dtype
-    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
-        return
-    numerics = (raw.lhs.numerics, raw.rhs.numerics)
-    bounds = [n.clip_bound() for n in numerics if isinstance(n, IntNumerics)]
-    limit = int(jnp.iinfo(dtype).max // math.prod(bounds))
-    if contracted > limit:
-        raise ValueError(
-            f"a contraction of {contracted} values could overflow its {np.dtype(dtype).name} "
-            f"accumulator, which holds {limit} at these bits: split the contraction"
-        )
-
-
-def _split(key: _Key, count: int) -> Sequence[_Key]:
-    """`count` keys of `key`, in AQT's order; Nones where there is none."""
-    return [None] * count if key is None else list(jax.random.split(key, count))
+    quantizer = tensor.quantizer(key)
+    if scale is not None and tensor.is_quantized:
+        return quantizer.quant_with(jax.tree.map(lax.stop_gradient, scale), x)
+    return quantizer.quant(x, calibration_axes=tensor.shared_by(x.ndim, contracting, batch))

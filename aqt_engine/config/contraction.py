@@ -1,4 +1,4 @@
-"""What is quantized, and how: frozen configurations, and the presets that make them.
+"""What is quantized, and how: the frozen configuration of a contraction.
 
 A contraction happens three times: once forward, and once backward for each side, because the
 gradient of a contraction is two contractions. Each of the three has its own `DotGeneralRaw`, and
@@ -14,8 +14,11 @@ from jax.typing import DTypeLike
 
 from aqt_engine.calibration import AbsMaxCalibration, Calibration
 from aqt_engine.context import Context
-from aqt_engine.numerics import IntNumerics, Noise, NoNumerics, Numerics, Uniform
+from aqt_engine.modes import CalibrationMode, DequantMode
+from aqt_engine.numerics import IntNumerics, NoNumerics, Numerics
+from aqt_engine.ops.axes import Axes
 from aqt_engine.ops.dot_general import DimensionNumbers, Operand, dot_general
+from aqt_engine.qtensor import Scale
 from aqt_engine.quantizer import Quantizer, SharedAxes
 
 
@@ -23,10 +26,13 @@ from aqt_engine.quantizer import Quantizer, SharedAxes
 class Tensor:
     """How one side of one contraction is quantized.
 
-    `calib_shared_axes` None shares a scale along the contracted axes. `use_fake_quant` returns the
-    rounded values to float before contracting. `use_fwd_quant`, on the right side of a backward
-    contraction, takes the operand as the forward pass quantized it: the gradient is multiplied by
-    its scale and contracted with its integers.
+    `calib_shared_axes`, where it is not None, takes the place of the axes of `calibration_mode`.
+    `use_fake_quant` is short for `dequant_mode=DequantMode.THIS_INPUT`. `use_fwd_quant`, on the
+    right side of a backward contraction, takes the operand as the forward pass quantized it: the
+    gradient is multiplied by its scale and contracted with its integers.
+
+    Raises:
+      ValueError: the scale would vary along axes where `dequant_mode` cannot multiply it back in.
     """
 
     numerics: Numerics | NoNumerics = NoNumerics()
@@ -36,6 +42,59 @@ class Tensor:
     po2_scale: bool = False
     use_fake_quant: bool = False
     use_fwd_quant: bool = False
+    scale_dtype: DTypeLike | None = None
+    calibration_mode: CalibrationMode = CalibrationMode.CONTRACTING_AXIS
+    dequant_mode: DequantMode = DequantMode.OUTPUT
+
+    def __post_init__(self):
+        if self.use_fake_quant and self.dequant_mode is DequantMode.OTHER_INPUT:
+            raise ValueError(
+                "`use_fake_quant` multiplies the scale into this operand and "
+                "`DequantMode.OTHER_INPUT` into the other: leave one of them out"
+            )
+        if isinstance(self.numerics, NoNumerics) or self.calib_shared_axes is not None:
+            return
+        mode = (self.calibration_mode, self.dequantized_at)
+        if mode == (CalibrationMode.REMAINING_AXIS, DequantMode.OUTPUT):
+            raise ValueError(
+                "a scale shared along the remaining axes varies along the contracted ones, and "
+                "cannot be multiplied into the output: use `DequantMode.THIS_INPUT` or OTHER_INPUT"
+            )
+        if mode == (CalibrationMode.CONTRACTING_AXIS, DequantMode.OTHER_INPUT):
+            raise ValueError(
+                "a scale shared along the contracted axes varies along the remaining ones, which "
+                "the other operand does not have: use `DequantMode.OUTPUT` or THIS_INPUT"
+            )
+
+    @property
+    def dequantized_at(self) -> DequantMode:
+        """`dequant_mode`, or what `use_fake_quant` is short for."""
+        return DequantMode.THIS_INPUT if self.use_fake_quant else self.dequant_mode
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether there are numerics."""
+        return not isinstance(self.numerics, NoNumerics)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether what is contracted of this side are whole numbers."""
+        return (
+            isinstance(self.numerics, IntNumerics)
+            and self.numerics.preserve_zero
+            and self.numerics.round
+            and self.dequantized_at is not DequantMode.THIS_INPUT
+        )
+
+    def shared_by(self, ndim: int, contracting: Axes, batch: Axes) -> Axes:
+        """The axes of `calibration_mode`, for an operand of these axes."""
+        match self.calibration_mode:
+            case CalibrationMode.CONTRACTING_AXIS:
+                return contracting
+            case CalibrationMode.REMAINING_AXIS:
+                return tuple(a for a in range(ndim) if a not in (*contracting, *batch))
+            case CalibrationMode.ALL_AXES:
+                return tuple(range(ndim))
 
     def quantizer(self, key: jax.Array | None) -> Quantizer:
         """The quantizer that does it, drawing noise with `key`."""
@@ -46,6 +105,7 @@ class Tensor:
             calibration=self.calibration,
             po2_scale=self.po2_scale,
             context=Context(key=key),
+            scale_dtype=self.scale_dtype,
         )
 
 
@@ -53,7 +113,8 @@ class Tensor:
 class LocalAqt:
     """Quantizes the first contracted axis in `contraction_axis_shard_count` pieces.
 
-    Each piece has scales of its own; their results are summed in float.
+    Each piece has scales of its own; their results are summed in float. In the forward pass this
+    is sub-channel quantization, and what conversion stores has the pieces as its first axis.
     """
 
     contraction_axis_shard_count: int
@@ -74,7 +135,8 @@ class DotGeneralRaw:
     `dg_accumulator_dtype` (None: the dtype that `jax.lax.dot_general` chooses).
 
     Raises:
-      ValueError: an integer accumulator is asked for sides that are not integers.
+      ValueError: an integer accumulator is asked for sides that are not integers, or a side is
+        to be scaled into another that is not float.
     """
 
     lhs: Tensor = Tensor()
@@ -84,6 +146,20 @@ class DotGeneralRaw:
     local_aqt: LocalAqt | None = None
 
     def __post_init__(self):
+        for side, tensor, other in (
+            ("lhs", self.lhs, self.rhs),
+            ("rhs", self.rhs, self.lhs),
+        ):
+            if (
+                tensor.is_quantized
+                and tensor.dequantized_at is DequantMode.OTHER_INPUT
+                and other.is_quantized
+                and other.dequantized_at is not DequantMode.THIS_INPUT
+            ):
+                raise ValueError(
+                    f"`{side}` has `DequantMode.OTHER_INPUT`, which multiplies its scale into the "
+                    f"other side, and that is quantized: leave the other side in float"
+                )
         for name, dtype in (
             ("dg_in_dtype", self.dg_in_dtype),
             ("dg_accumulator_dtype", self.dg_accumulator_dtype),
@@ -91,7 +167,7 @@ class DotGeneralRaw:
             if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
                 continue
             for side, tensor in (("lhs", self.lhs), ("rhs", self.rhs)):
-                if not _is_whole(tensor):
+                if not tensor.is_whole:
                     raise ValueError(
                         f"`{name}={jnp.dtype(dtype).name}` needs whole numbers on both sides, and "
                         f"`{side}` has {tensor.numerics} with use_fake_quant="
@@ -110,7 +186,7 @@ class DotGeneral:
 
     Raises:
       ValueError: `use_fwd_quant` stands anywhere but on the right of a backward contraction, or
-        the forward is split by `local_aqt`.
+        there for an operand whose forward scale cannot be multiplied into the gradient.
     """
 
     fwd: DotGeneralRaw = DotGeneralRaw()
@@ -129,8 +205,17 @@ class DotGeneral:
                     f"`{name}` has `use_fwd_quant`, but only `dlhs.rhs` and `drhs.rhs` are "
                     f"operands that the forward pass has quantized"
                 )
-        if self.fwd.local_aqt is not None:
-            raise ValueError("`local_aqt` is for `dlhs` and `drhs`; `fwd` has one scale a row")
+        for name, forward, backward in (
+            ("drhs", self.fwd.lhs, self.drhs),
+            ("dlhs", self.fwd.rhs, self.dlhs),
+        ):
+            mode = forward.calibration_mode
+            if backward.rhs.use_fwd_quant and mode is CalibrationMode.REMAINING_AXIS:
+                raise ValueError(
+                    f"`{name}.rhs` has `use_fwd_quant`, but the forward's scale for it is shared "
+                    f"along the remaining axes and cannot be multiplied into the gradient: set "
+                    f"`use_fwd_quant=False`"
+                )
 
     def __call__(
         self,
@@ -141,6 +226,8 @@ class DotGeneral:
         preferred_element_type: DTypeLike | None = None,
         *,
         context: Context = Context(),
+        lhs_scale: Scale | None = None,
+        rhs_scale: Scale | None = None,
     ) -> jax.Array:
         """`aqt_engine.ops.dot_general` with this configuration; a drop-in for `jax.lax`'s."""
         return dot_general(
@@ -151,74 +238,10 @@ class DotGeneral:
             preferred_element_type=preferred_element_type,
             config=self,
             context=context,
+            lhs_scale=lhs_scale,
+            rhs_scale=rhs_scale,
         )
 
     def swapped(self) -> "DotGeneral":
         """The configuration that does to (rhs, lhs) what this one does to (lhs, rhs)."""
         return DotGeneral(fwd=self.fwd.swapped(), dlhs=self.drhs, drhs=self.dlhs)
-
-
-def int_tensor(bits: int | None, *, noise_fn: Noise | None = None) -> Tensor:
-    """A side of `bits` bits with AQT's defaults; None leaves it in float.
-
-    Zero is kept, the scale maps the largest magnitude onto the edge of the last bucket, values
-    beyond the last centre are clipped, and gradients pass straight through. Up to 8 bits are
-    stored as int4 or int8; one bit, and more than 8, in the input's float dtype.
-    """
-    if bits is None:
-        return Tensor()
-    dtype = None if bits == 1 or bits > 8 else jnp.int4 if bits == 4 else jnp.int8
-    return Tensor(
-        numerics=IntNumerics(
-            bits=bits,
-            preserve_zero=bits > 1,
-            preserve_max_val=False,
-            clip=True,
-            clip_gradient=False,
-            round=True,
-            noise_fn=noise_fn,
-            dtype=dtype,
-        )
-    )
-
-
-def raw(lhs: Tensor, rhs: Tensor) -> DotGeneralRaw:
-    """A contraction of `lhs` and `rhs`: in int8 with an int32 accumulator where both are whole."""
-    integers = all(_is_whole(t) and _numerics_dtype(t) is not None for t in (lhs, rhs))
-    return DotGeneralRaw(
-        lhs=lhs,
-        rhs=rhs,
-        dg_in_dtype=jnp.int8 if integers else None,
-        dg_accumulator_dtype=jnp.int32 if integers else None,
-    )
-
-
-def fully_quantized(
-    fwd_bits: int | None = 8,
-    bwd_bits: int | None = 8,
-    use_fwd_quant: bool = True,
-    use_stochastic_rounding: bool = True,
-) -> DotGeneral:
-    """All three contractions quantized, on both sides: AQT's preset of the same name.
-
-    The backward pass takes the operands as the forward quantized them, and rounds stochastically;
-    a call that is differentiated then needs a PRNG key.
-    """
-    forward = int_tensor(fwd_bits)
-    gradient = int_tensor(bwd_bits, noise_fn=Uniform() if use_stochastic_rounding else None)
-    backward = raw(gradient, dataclasses.replace(gradient, use_fwd_quant=use_fwd_quant))
-    return DotGeneral(fwd=raw(forward, forward), dlhs=backward, drhs=backward)
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    numerics = tensor.numerics
-    return (
-        isinstance(numerics, IntNumerics)
-        and numerics.preserve_zero
-        and numerics.round
-        and not tensor.use_fake_quant
-    )
-
-
-def _numerics_dtype(tensor: Tensor) -> DTypeLike | None:
-    return None if isinstance(tensor.numerics, NoNumerics) else tensor.numerics.dtype

@@ -1,0 +1,171 @@
+"""One contraction of two quantized operands: what all quantized ops come down to.
+
+With scales s and biases b, an operand is x = q * s - b, and sum(x_l * x_r) over n values is
+
+    sum(q_l * q_r) * s_l * s_r - sum(q_l) * s_l * b_r - b_l * (sum(q_r) * s_r) + b_l * b_r * n
+
+The sums are exact for integers. Without biases only the first term is there.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from aqt_engine.modes import DequantMode
+from aqt_engine.numerics import IntNumerics
+from aqt_engine.ops.axes import Axes, DotAxes
+from aqt_engine.qtensor import QTensor
+
+if TYPE_CHECKING:
+    from aqt_engine.config import DotGeneralRaw, Tensor
+
+
+def contract(
+    raw: "DotGeneralRaw",
+    lhs: QTensor,
+    rhs: QTensor,
+    axes: DotAxes,
+    precision: lax.PrecisionLike,
+) -> jax.Array:
+    """The contraction, in the promoted float dtype of the operands and their scales.
+
+    Raises:
+      ValueError: a scale or bias varies along axes where it cannot be taken out of the sum, or an
+        integer accumulator could overflow.
+    """
+    lhs, rhs = _input_scaled(raw, lhs, rhs, axes)
+    out_dtype = jnp.promote_types(lhs.dequant_dtype, rhs.dequant_dtype)
+    lhs_value, rhs_value = lhs.qvalue, rhs.qvalue
+    in_dtype = raw.dg_in_dtype
+    if in_dtype is None and lhs_value.dtype != rhs_value.dtype:
+        in_dtype = out_dtype
+    if in_dtype is not None:
+        lhs_value, rhs_value = lhs_value.astype(in_dtype), rhs_value.astype(in_dtype)
+    count = math.prod(lhs_value.shape[a] for a in axes.lhs_contracting)
+    check_accumulator(raw, count)
+    out = lax.dot_general(
+        lhs_value,
+        rhs_value,
+        axes.dimension_numbers,
+        precision=precision,
+        preferred_element_type=raw.dg_accumulator_dtype,
+    ).astype(out_dtype)
+    for side, q, contracting, to_output in (
+        ("lhs", lhs, axes.lhs_contracting, axes.lhs_to_output),
+        ("rhs", rhs, axes.rhs_contracting, axes.rhs_to_output),
+    ):
+        if q.scale is not None:
+            require_shared(side, q.scale, contracting)
+            out = out * to_output(q.scale)
+    lhs_bias = _bias("lhs", lhs, axes.lhs_contracting, axes.lhs_to_output)
+    rhs_bias = _bias("rhs", rhs, axes.rhs_contracting, axes.rhs_to_output)
+    if rhs_bias is not None:
+        out = out - axes.lhs_to_output(_total(lhs, axes.lhs_contracting, out_dtype)) * rhs_bias
+    if lhs_bias is not None:
+        out = out - lhs_bias * axes.rhs_to_output(_total(rhs, axes.rhs_contracting, out_dtype))
+    if lhs_bias is not None and rhs_bias is not None:
+        out = out + lhs_bias * rhs_bias * count
+    return out
+
+
+def check_accumulator(raw: "DotGeneralRaw", count: int) -> None:
+    """Refuses a sum of `count` products that could overflow an integer accumulator.
+
+    Raises:
+      ValueError: it could.
+    """
+    dtype = raw.dg_accumulator_dtype
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        return
+    numerics = (raw.lhs.numerics, raw.rhs.numerics)
+    bounds = [n.clip_bound() for n in numerics if isinstance(n, IntNumerics)]
+    limit = int(jnp.iinfo(dtype).max // math.prod(bounds))
+    if count > limit:
+        raise ValueError(
+            f"a contraction of {count} values could overflow its {np.dtype(dtype).name} "
+            f"accumulator, which holds {limit} at these bits: split the contraction"
+        )
+
+
+def require_shared(side: str, scale: jax.Array, contracting: Axes) -> None:
+    """Refuses a scale that varies along contracted axes.
+
+    Raises:
+      ValueError: it does.
+    """
+    if any(scale.shape[a] != 1 for a in contracting):
+        raise ValueError(
+            f"the scale of `{side}`, of shape {scale.shape}, varies along contracted axes "
+            f"{contracting}: add them to `calib_shared_axes`, or set `use_fake_quant`"
+        )
+
+
+def split_key(key: jax.Array | None, count: int) -> Sequence[jax.Array | None]:
+    """`count` keys of `key`, in AQT's order; Nones where there is none."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def _input_scaled(
+    raw: "DotGeneralRaw", lhs: QTensor, rhs: QTensor, axes: DotAxes
+) -> tuple[QTensor, QTensor]:
+    """The operands with those scales multiplied in that belong to an input."""
+    lhs_at, rhs_at = _into_this(raw.lhs, lhs), _into_this(raw.rhs, rhs)
+    if _into_other(raw.lhs, lhs_at):
+        lhs_at, rhs_at = _moved("lhs", lhs_at, rhs_at, axes.lhs_remaining, axes.lhs_to_rhs)
+    elif _into_other(raw.rhs, rhs_at):
+        rhs_at, lhs_at = _moved("rhs", rhs_at, lhs_at, axes.rhs_remaining, axes.rhs_to_lhs)
+    return lhs_at, rhs_at
+
+
+def _into_this(tensor: "Tensor", q: QTensor) -> QTensor:
+    if tensor.dequantized_at is not DequantMode.THIS_INPUT:
+        return q
+    return QTensor(q.dequant(), None, q.dequant_dtype)
+
+
+def _into_other(tensor: "Tensor", q: QTensor) -> bool:
+    return tensor.dequantized_at is DequantMode.OTHER_INPUT and q.scale is not None
+
+
+def _moved(
+    side: str,
+    q: QTensor,
+    other: QTensor,
+    remaining: Axes,
+    to_other: Callable[[jax.Array], jax.Array],
+) -> tuple[QTensor, QTensor]:
+    scale = q.scale
+    if scale is None or q.bias is not None or any(scale.shape[a] != 1 for a in remaining):
+        raise ValueError(
+            f"the scale of `{side}` is to be multiplied into the other side, and has a bias or "
+            f"varies along the remaining axes {remaining}: share it along those, or use "
+            f"`DequantMode.THIS_INPUT`"
+        )
+    scaled = (other.qvalue * to_other(scale)).astype(other.dequant_dtype)
+    return (
+        QTensor(q.qvalue, None, q.dequant_dtype),
+        QTensor(scaled, other.scale, other.dequant_dtype, other.bias),
+    )
+
+
+def _bias(
+    side: str, q: QTensor, contracting: Axes, to_output: Callable[[jax.Array], jax.Array]
+) -> jax.Array | None:
+    if q.bias is None:
+        return None
+    require_shared(side, q.bias, contracting)
+    return to_output(q.bias)
+
+
+def _total(q: QTensor, contracting: Axes, dtype: np.dtype) -> jax.Array:
+    """sum(q) * s over the contracted axes, which are kept with size 1."""
+    integers = jnp.issubdtype(q.qvalue.dtype, jnp.integer)
+    total = jnp.sum(
+        q.qvalue, axis=contracting, keepdims=True, dtype=jnp.int32 if integers else dtype
+    ).astype(dtype)
+    return total if q.scale is None else total * q.scale
