@@ -66,7 +66,7 @@ class TensorSpec:
 class WeightSpec:
     """One array of the weights: its path in the model, its dtype and shape.
 
-    `role` is "qvalue" or "scale" for the two parts of a quantized weight, "float" for the rest.
+    `role` is "qvalue", "scale" or "bias" for a part of a quantized weight, "float" for the rest.
     """
 
     name: str

@@ -8,6 +8,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,12 @@ from aqt_engine.numerics import Numerics
 
 
 class Calibration(abc.ABC):
-    """Finds the bound of each group of values that shares a scale, and the group's bias."""
+    """Finds the bound of each group of values that shares a scale, and the group's bias.
+
+    `has_zero_point` says that the bias is a whole number of scales, the zero point.
+    """
+
+    has_zero_point: ClassVar[bool] = False
 
     @abc.abstractmethod
     def bound(self, x: jax.Array, shared_axes: Sequence[int], numerics: Numerics) -> jax.Array:
@@ -24,6 +30,10 @@ class Calibration(abc.ABC):
 
         `numerics` is what `x` will be quantized by, for a calibration that tries it.
         """
+
+    def clipping(self) -> float | None:
+        """A constant that the bound is still to be multiplied by; None for 1."""
+        return None
 
     def bias(self, x: jax.Array, shared_axes: Sequence[int], scale: jax.Array) -> jax.Array | None:
         """What is added to `x` before it is scaled, in the shape of `scale`; None for nothing."""
@@ -47,9 +57,12 @@ class AbsMaxCalibration(Calibration):
         _require_positive("clipping_scale", self.clipping_scale)
 
     def bound(self, x: jax.Array, shared_axes: Sequence[int], numerics: Numerics) -> jax.Array:
-        """max |x| over `shared_axes`, times `clipping_scale`."""
-        absmax = _one_for_zero(jnp.max(jnp.abs(x), axis=tuple(shared_axes), keepdims=True))
-        return absmax if self.clipping_scale is None else absmax * self.clipping_scale
+        """max |x| over `shared_axes`."""
+        return _one_for_zero(jnp.max(jnp.abs(x), axis=tuple(shared_axes), keepdims=True))
+
+    def clipping(self) -> float | None:
+        """`clipping_scale`."""
+        return self.clipping_scale
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -186,8 +199,11 @@ class MinMaxCalibration(Calibration):
     """Asymmetric: the range from the smallest to the largest value, and zero.
 
     The bias moves the middle of the range to zero. It is a whole number of buckets, the zero point,
-    so that a zero stays exactly zero. Good for values of one sign, as after a relu.
+    so that a zero stays exactly zero, and integers stay integers. Good for values of one sign, as
+    after a relu.
     """
+
+    has_zero_point: ClassVar[bool] = True
 
     def bound(self, x: jax.Array, shared_axes: Sequence[int], numerics: Numerics) -> jax.Array:
         """Half of the range; 1 in a group of zeros."""
@@ -197,7 +213,9 @@ class MinMaxCalibration(Calibration):
     def bias(self, x: jax.Array, shared_axes: Sequence[int], scale: jax.Array) -> jax.Array | None:
         """The zero point times the scale."""
         low, high = _range(x, shared_axes)
-        return (jnp.round(-(low + high) / 2 / scale) * scale).astype(x.dtype)
+        bias = jnp.round(-(low + high) / 2 / scale) * scale
+        # Else a compiler may fuse this product with the sum that follows, and round only once.
+        return jax.lax.optimization_barrier(bias)
 
 
 def ceil_to_power_of_two(scale: jax.Array) -> jax.Array:
@@ -220,7 +238,7 @@ def _search(
     absmax = _one_for_zero(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
 
     def try_bound(bound: jax.Array) -> jax.Array:
-        scale = bound / numerics.quant_bound()
+        scale = bound * (1 / numerics.quant_bound())
         rounded = numerics.quantize(x * reciprocal(scale), None)
         return badness(x - rounded.astype(x.dtype) * scale)
 

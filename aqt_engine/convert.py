@@ -12,7 +12,7 @@ import dataclasses
 import importlib.metadata
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -26,11 +26,12 @@ from aqt_engine import bundle, witness
 from aqt_engine.bundle import Arrays, Bundle, TensorSpec
 from aqt_engine.execution import Program
 from aqt_engine.modes import QuantMode
-from aqt_engine.qtensor import QTensor
+from aqt_engine.qtensor import QTensor, Scale
 
 DEFAULT_TILE = 16
 PLATFORMS = ("cpu", "cuda", "tpu")
 MAX_WITNESS_ROWS = 256
+STATISTICS = "aqt_statistics"
 
 ModelFactory = Callable[[QuantMode], nn.Module]
 Variables = Mapping[str, Any]
@@ -110,6 +111,38 @@ def convert(
         witness=bundle.Witness(inputs=rows, outputs=outputs),
         check=refuse_if_inexact,
     )
+
+
+def calibrate(model: ModelFactory, variables: Variables, batches: Iterable[Arrays]) -> Variables:
+    """`variables` with the statistics of `batches`: what static quantization freezes into scales.
+
+    Args:
+      model: gives the linen module for a mode, as in `convert`.
+      variables: what was trained.
+      batches: typical inputs by the names of the module's arguments, each of shape (rows, ...).
+
+    Raises:
+      ConversionError: the model keeps no statistics, so that there is nothing to calibrate.
+    """
+    module = model(QuantMode.CALIBRATE)
+    calibrated = dict(variables)
+
+    @jax.jit
+    def observe(current: Variables, inputs: Arrays) -> Variables:
+        kept = DenyList(tuple(set(variables) - {STATISTICS}))
+        return cast(
+            tuple[Any, Variables], module.apply(current, inputs, method=_call, mutable=kept)
+        )[1]
+
+    for batch in batches:
+        found = observe(calibrated, _canonical(batch))
+        if STATISTICS not in found:
+            raise ConversionError(
+                "the model keeps no statistics in QuantMode.CALIBRATE: give the activations' sides "
+                "a calibration such as MeanOfAbsMaxCalibration, or convert without calibrating"
+            )
+        calibrated[STATISTICS] = found[STATISTICS]
+    return calibrated
 
 
 def _canonical(example: Arrays) -> dict[str, np.ndarray[Any, Any]]:
@@ -211,12 +244,13 @@ class _Leaf:
 def _leaves(variables: Variables) -> list[_Leaf]:
     """The arrays of `variables` in the order in which JAX flattens them."""
     leaves: list[_Leaf] = []
-    for path, value in jax.tree_util.tree_flatten_with_path(variables, is_leaf=_is_qtensor)[0]:
+    for path, value in jax.tree_util.tree_flatten_with_path(variables, is_leaf=_is_stored)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not isinstance(value, QTensor):
+        if not _is_stored(value):
             leaves.append(_Leaf(name=name, value=value, role="float"))
             continue
-        leaves.append(_Leaf(name=f"{name}/qvalue", value=value.qvalue, role="qvalue"))
+        if isinstance(value, QTensor):
+            leaves.append(_Leaf(name=f"{name}/qvalue", value=value.qvalue, role="qvalue"))
         if value.scale is not None:
             leaves.append(_Leaf(name=f"{name}/scale", value=value.scale, role="scale"))
         if value.bias is not None:
@@ -250,6 +284,10 @@ def _export(
 
 def _is_qtensor(leaf: Any) -> bool:
     return isinstance(leaf, QTensor)
+
+
+def _is_stored(leaf: Any) -> bool:
+    return isinstance(leaf, QTensor | Scale)
 
 
 def _struct(array: Any) -> jax.ShapeDtypeStruct:

@@ -4,22 +4,33 @@ A module's mode says what it does with each of its two sides. In TRAIN both are 
 call. In CONVERT a side is also stored, quantized, in the collection `quant_collection`, as `qlhs`
 or `qrhs`. In SERVE a side is read from there, and the float operand only lends its shape. Set the
 mode of the side that is the weight: the right one in `nn.Dense`, either one in an einsum.
+
+A side whose calibration keeps statistics keeps them in `statistics_collection`. It learns them in
+CALIBRATE, and in TRAIN where the calibration says so and the collection is mutable. In CONVERT it
+stores its scale rather than its values, and in SERVE reads it: give such a side, an activation,
+the mode too.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.core
 from jax.typing import DTypeLike
 
-from aqt_engine.config import DotGeneral
+from aqt_engine.config import DotGeneral, Tensor
 from aqt_engine.context import Context
 from aqt_engine.modes import QuantMode
-from aqt_engine.ops.axes import DimensionNumbers
+from aqt_engine.numerics import NoNumerics
+from aqt_engine.ops.axes import Axes, DimensionNumbers, DotAxes
 from aqt_engine.ops.dot_general import Operand, quantize_lhs, quantize_rhs
 from aqt_engine.ops.einsum import contract, plan
-from aqt_engine.qtensor import QTensor
+from aqt_engine.qtensor import QTensor, Scale
+from aqt_engine.quantizer import shared_axes
+from aqt_engine.statistics import KnownBound, Statistics, StatisticsCalibration
 
 
 class AqtDotGeneral(nn.Module):
@@ -34,6 +45,7 @@ class AqtDotGeneral(nn.Module):
     rhs_quant_mode: QuantMode = QuantMode.TRAIN
     prng_name: str | None = "params"
     quant_collection: str = "aqt"
+    statistics_collection: str = "aqt_statistics"
     lhs_var_name: str = "qlhs"
     rhs_var_name: str = "qrhs"
 
@@ -67,10 +79,23 @@ class AqtDotGeneral(nn.Module):
         name = self.prng_name
         key = self.make_rng(name) if name is not None and self.has_rng(name) else None
         call = self.calls.next()
-        quantize = functools.partial(quantize_lhs, lhs, rhs.ndim, dimension_numbers)
-        left = self._side(self.lhs_quant_mode, _numbered(self.lhs_var_name, call), lhs, quantize)
-        quantize = functools.partial(quantize_rhs, rhs, lhs.ndim, dimension_numbers)
-        right = self._side(self.rhs_quant_mode, _numbered(self.rhs_var_name, call), rhs, quantize)
+        axes = DotAxes.parse(dimension_numbers, lhs.ndim, rhs.ndim)
+        left, left_scale = self._side(
+            self.lhs_quant_mode,
+            _numbered(self.lhs_var_name, call),
+            lhs,
+            self.config.fwd.lhs,
+            (axes.lhs_contracting, axes.lhs_batch),
+            functools.partial(quantize_lhs, lhs, rhs.ndim, dimension_numbers, config=self.config),
+        )
+        right, right_scale = self._side(
+            self.rhs_quant_mode,
+            _numbered(self.rhs_var_name, call),
+            rhs,
+            self.config.fwd.rhs,
+            (axes.rhs_contracting, axes.rhs_batch),
+            functools.partial(quantize_rhs, rhs, lhs.ndim, dimension_numbers, config=self.config),
+        )
         return self.config(
             left,
             right,
@@ -78,25 +103,104 @@ class AqtDotGeneral(nn.Module):
             precision=precision,
             preferred_element_type=preferred_element_type,
             context=Context(key=key),
+            lhs_scale=left_scale,
+            rhs_scale=right_scale,
         )
 
     def _side(
-        self, mode: QuantMode, name: str, operand: jax.Array, quantize: Callable[..., QTensor]
-    ) -> Operand:
+        self,
+        mode: QuantMode,
+        name: str,
+        operand: jax.Array,
+        tensor: Tensor,
+        axes: tuple[Axes, Axes],
+        quantize: Callable[[], QTensor],
+    ) -> tuple[Operand, Scale | None]:
+        """The operand, quantized already where it is stored so, and the scale if that is static."""
+        if isinstance(tensor.calibration, StatisticsCalibration) and tensor.is_quantized:
+            return operand, self._static_scale(mode, name, operand, tensor, axes)
         if mode in (QuantMode.TRAIN, QuantMode.CALIBRATE):
-            return operand
+            return operand, None
         if mode is QuantMode.CONVERT:
-            stored = quantize(config=self.config)
+            stored = quantize()
             self.variable(self.quant_collection, name, lambda: stored).value = stored
-            return stored
+            return stored, None
+        stored = self._stored(name, quantize)
+        expected = jax.eval_shape(quantize).shape
+        if stored.shape != expected:
+            raise ValueError(
+                f"{'/'.join((*self.path, name))} was stored with shape {stored.shape} and is used "
+                f"where the model has {expected}: convert again with this model"
+            )
+        return stored, None
+
+    def _static_scale(
+        self,
+        mode: QuantMode,
+        name: str,
+        operand: jax.Array,
+        tensor: Tensor,
+        axes: tuple[Axes, Axes],
+    ) -> Scale:
+        assert isinstance(tensor.calibration, StatisticsCalibration)
+        calibration = tensor.calibration
+        if self.config is not None and self.config.fwd.local_aqt is not None:
+            raise ValueError(
+                f"{'/'.join(self.path)} has `local_aqt` and {type(calibration).__name__}, which "
+                f"keeps no statistics by shard: use one of them"
+            )
+        calibration_axes = tensor.shared_by(operand.ndim, *axes)
+        shared = shared_axes(tensor.calib_shared_axes, calibration_axes, operand.ndim)
+
+        def scale_of(statistics: Statistics) -> Scale:
+            assert not isinstance(tensor.numerics, NoNumerics)
+            bound = calibration.current_bound(statistics, operand, shared, tensor.numerics)
+            quantizer = tensor.quantizer(None)
+            known = dataclasses.replace(quantizer, calibration=KnownBound(bound))
+            return known.calibrate(operand, calibration_axes=shared)
+
+        def empty() -> Statistics:
+            return calibration.empty(operand, shared)
+
+        if mode is QuantMode.SERVE:
+            return self._stored(name, lambda: scale_of(empty()))
+        collection = self.statistics_collection
+        if not self.is_initializing() and not (
+            self.has_variable(collection, name) or self.is_mutable_collection(collection)
+        ):
+            raise ValueError(
+                f"{'/'.join(self.path)} has {type(calibration).__name__} and the collection "
+                f"{collection!r} holds no {name!r} for it: initialize the model with it, or pass "
+                f"the collection as mutable"
+            )
+        statistics = self.variable(collection, name, empty)
+        learns = mode is QuantMode.CALIBRATE or (
+            mode is QuantMode.TRAIN and calibration.learns_in_training
+        )
+        before = statistics.value
+        if learns and self.is_mutable_collection(collection) and not self.is_initializing():
+            statistics.value = calibration.update(before, operand, shared)
+        # A delayed scale is that of the calls before; in CALIBRATE there is no reason to wait.
+        scale = scale_of(statistics.value if mode is QuantMode.CALIBRATE else before)
+        if mode is QuantMode.CONVERT:
+            count = before["count"]
+            if not isinstance(count, jax.core.Tracer) and int(count) == 0:
+                raise ValueError(
+                    f"{'/'.join((*self.path, name))} was never calibrated: run the model on "
+                    f"typical data in QuantMode.CALIBRATE before it is converted"
+                )
+            self.variable(self.quant_collection, name, lambda: scale).value = scale
+        return scale
+
+    def _stored(self, name: str, otherwise: Callable[[], Any]) -> Any:
+        """What CONVERT stored under `name`; while initializing, a fresh one of `otherwise`."""
         if not self.is_initializing() and not self.has_variable(self.quant_collection, name):
             raise ValueError(
                 f"{'/'.join(self.path)} is in QuantMode.SERVE and the collection "
                 f"{self.quant_collection!r} holds no {name!r} for it: run the model once in "
                 f"QuantMode.CONVERT and serve with the variables that gives"
             )
-        stored = self.variable(self.quant_collection, name, lambda: quantize(config=self.config))
-        return _checked(stored.value, operand, "/".join((*self.path, name)))
+        return self.variable(self.quant_collection, name, otherwise).value
 
 
 class _Calls:
@@ -125,6 +229,7 @@ class AqtEinsum(nn.Module):
     rhs_quant_mode: QuantMode = QuantMode.TRAIN
     prng_name: str | None = "params"
     quant_collection: str = "aqt"
+    statistics_collection: str = "aqt_statistics"
 
     @nn.compact
     def __call__(self, equation: str, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -142,16 +247,8 @@ class AqtEinsum(nn.Module):
             rhs_quant_mode=modes[1],
             prng_name=self.prng_name,
             quant_collection=self.quant_collection,
+            statistics_collection=self.statistics_collection,
             lhs_var_name=names[0],
             rhs_var_name=names[1],
         )
         return contract(p, lhs, rhs, dot_general)
-
-
-def _checked(stored: QTensor, operand: jax.Array, path: str) -> QTensor:
-    if stored.shape != operand.shape:
-        raise ValueError(
-            f"{path} was stored with shape {stored.shape} and is used where the model has "
-            f"{operand.shape}: convert again with this model"
-        )
-    return stored

@@ -4,9 +4,13 @@ With scales s and biases b, an operand is x = q * s - b, and sum(x_l * x_r) over
 
     sum(q_l * q_r) * s_l * s_r - sum(q_l) * s_l * b_r - b_l * (sum(q_r) * s_r) + b_l * b_r * n
 
-The sums are exact for integers. Without biases only the first term is there.
+Without biases only the first term is there. Where biases are zero points, b = z * s, and the sum is
+an integer one, it is corrected in integers instead, so that its bits depend on no rounding:
+
+    (sum(q_l * q_r) - sum(q_l) * z_r - z_l * sum(q_r) + z_l * z_r * n) * s_l * s_r
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -54,7 +58,10 @@ def contract(
         axes.dimension_numbers,
         precision=precision,
         preferred_element_type=raw.dg_accumulator_dtype,
-    ).astype(out_dtype)
+    )
+    if jnp.issubdtype(out.dtype, jnp.integer):
+        out, lhs, rhs = _zero_points_corrected(raw, out, lhs, rhs, axes, count)
+    out = out.astype(out_dtype)
     for side, q, contracting, to_output in (
         ("lhs", lhs, axes.lhs_contracting, axes.lhs_to_output),
         ("rhs", rhs, axes.rhs_contracting, axes.rhs_to_output),
@@ -62,15 +69,7 @@ def contract(
         if q.scale is not None:
             require_shared(side, q.scale, contracting)
             out = out * to_output(q.scale)
-    lhs_bias = _bias("lhs", lhs, axes.lhs_contracting, axes.lhs_to_output)
-    rhs_bias = _bias("rhs", rhs, axes.rhs_contracting, axes.rhs_to_output)
-    if rhs_bias is not None:
-        out = out - axes.lhs_to_output(_total(lhs, axes.lhs_contracting, out_dtype)) * rhs_bias
-    if lhs_bias is not None:
-        out = out - lhs_bias * axes.rhs_to_output(_total(rhs, axes.rhs_contracting, out_dtype))
-    if lhs_bias is not None and rhs_bias is not None:
-        out = out + lhs_bias * rhs_bias * count
-    return out
+    return _biases_corrected(out, lhs, rhs, axes, count)
 
 
 def check_accumulator(raw: "DotGeneralRaw", count: int) -> None:
@@ -82,8 +81,12 @@ def check_accumulator(raw: "DotGeneralRaw", count: int) -> None:
     dtype = raw.dg_accumulator_dtype
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
         return
-    numerics = (raw.lhs.numerics, raw.rhs.numerics)
-    bounds = [n.clip_bound() for n in numerics if isinstance(n, IntNumerics)]
+    # Without its zero point, a value reaches as far as the whole range.
+    bounds = [
+        2 * n.quant_bound() if t.calibration.has_zero_point else n.clip_bound()
+        for t in (raw.lhs, raw.rhs)
+        if isinstance(n := t.numerics, IntNumerics)
+    ]
     limit = int(jnp.iinfo(dtype).max // math.prod(bounds))
     if count > limit:
         raise ValueError(
@@ -151,6 +154,46 @@ def _moved(
         QTensor(q.qvalue, None, q.dequant_dtype),
         QTensor(scaled, other.scale, other.dequant_dtype, other.bias),
     )
+
+
+def _zero_points_corrected(
+    raw: "DotGeneralRaw", out: jax.Array, lhs: QTensor, rhs: QTensor, axes: DotAxes, count: int
+) -> tuple[jax.Array, QTensor, QTensor]:
+    """The integer sum without what zero points added to it, and operands without those biases."""
+    lhs_zero = _zero_point("lhs", raw.lhs, lhs, axes.lhs_contracting)
+    rhs_zero = _zero_point("rhs", raw.rhs, rhs, axes.rhs_contracting)
+    if rhs_zero is not None:
+        total = jnp.sum(lhs.qvalue, axis=axes.lhs_contracting, keepdims=True, dtype=out.dtype)
+        out = out - axes.lhs_to_output(total) * axes.rhs_to_output(rhs_zero)
+        rhs = dataclasses.replace(rhs, bias=None)
+    if lhs_zero is not None:
+        total = jnp.sum(rhs.qvalue, axis=axes.rhs_contracting, keepdims=True, dtype=out.dtype)
+        out = out - axes.lhs_to_output(lhs_zero) * axes.rhs_to_output(total)
+        lhs = dataclasses.replace(lhs, bias=None)
+    if lhs_zero is not None and rhs_zero is not None:
+        out = out + axes.lhs_to_output(lhs_zero) * axes.rhs_to_output(rhs_zero) * count
+    return out, lhs, rhs
+
+
+def _zero_point(side: str, tensor: "Tensor", q: QTensor, contracting: Axes) -> jax.Array | None:
+    if q.bias is None or q.scale is None or not tensor.calibration.has_zero_point:
+        return None
+    require_shared(side, q.bias, contracting)
+    return jnp.round(q.bias / q.scale).astype(jnp.int32)
+
+
+def _biases_corrected(
+    out: jax.Array, lhs: QTensor, rhs: QTensor, axes: DotAxes, count: int
+) -> jax.Array:
+    lhs_bias = _bias("lhs", lhs, axes.lhs_contracting, axes.lhs_to_output)
+    rhs_bias = _bias("rhs", rhs, axes.rhs_contracting, axes.rhs_to_output)
+    if rhs_bias is not None:
+        out = out - axes.lhs_to_output(_total(lhs, axes.lhs_contracting, out.dtype)) * rhs_bias
+    if lhs_bias is not None:
+        out = out - lhs_bias * axes.rhs_to_output(_total(rhs, axes.rhs_contracting, out.dtype))
+    if lhs_bias is not None and rhs_bias is not None:
+        out = out + lhs_bias * rhs_bias * count
+    return out
 
 
 def _bias(
