@@ -95,6 +95,9 @@ class AbsMeanCalibration(Calibration):
 class ConstantCalibration(Calibration):
     """A bound that is known beforehand, as of images in 0..1, and a bias if there is one.
 
+    Where both sides of a contraction have one, a compiler multiplies the two scales beforehand, and
+    a stored side may then differ in its last bit: conversion notices, and refuses.
+
     Raises:
       ValueError: the numbers are not finite, or the bound is not positive.
     """
@@ -120,7 +123,7 @@ class ConstantCalibration(Calibration):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PercentileCalibration(Calibration):
-    """The magnitude that `percentile` percent of the values do not exceed, by interpolation.
+    """The smallest magnitude in the tensor that at least `percentile` percent do not exceed.
 
     Raises:
       ValueError: `percentile` is not in (0, 100].
@@ -134,7 +137,10 @@ class PercentileCalibration(Calibration):
 
     def bound(self, x: jax.Array, shared_axes: Sequence[int], numerics: Numerics) -> jax.Array:
         """The percentile of |x| over `shared_axes`; 1 where that is 0."""
-        found = jnp.percentile(jnp.abs(x), self.percentile, axis=tuple(shared_axes), keepdims=True)
+        # One of the values, not a mean of two: that would round otherwise when it is compiled.
+        found = jnp.percentile(
+            jnp.abs(x), self.percentile, axis=tuple(shared_axes), keepdims=True, method="higher"
+        )
         return _one_for_zero(found.astype(x.dtype))
 
 

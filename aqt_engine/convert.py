@@ -222,9 +222,25 @@ def _stored(model: ModelFactory, variables: Variables, inputs: Arrays) -> Mappin
     """The collections that CONVERT fills beside those that the model came with."""
     fresh = DenyList(tuple(variables))
     module = model(QuantMode.CONVERT)
-    _, stored = cast(
-        tuple[Any, Variables], module.apply(variables, inputs, method=_call, mutable=fresh)
-    )
+
+    # Compiled, as training is: a search for the best scale depends on the order of its sums.
+    @jax.jit
+    def run(variables: Variables, inputs: Arrays) -> Variables:
+        return cast(
+            tuple[Any, Variables], module.apply(variables, inputs, method=_call, mutable=fresh)
+        )[1]
+
+    stored = run(variables, dict(inputs))
+    counts = [
+        leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(variables.get(STATISTICS, {}))[0]
+        if jax.tree_util.keystr(path[-1:], simple=True) == "count"
+    ]
+    if STATISTICS in stored or any(int(count) == 0 for count in counts):
+        raise ConversionError(
+            "the model quantizes with learned statistics, and was never calibrated: run "
+            "`calibrate` on typical data first (`aqt convert --calibration FILE`)"
+        )
     if not any(map(_is_qtensor, jax.tree.leaves(stored, is_leaf=_is_qtensor))):
         raise ConversionError(
             "the model stored no quantized weight in QuantMode.CONVERT: pass the mode that the "

@@ -3,13 +3,18 @@
 import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from aqt_cli.failures import as_sentence
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_CALIBRATION_ROWS = 64
 
 
 def convert(
@@ -33,6 +38,13 @@ def convert(
     output: Annotated[
         Path, typer.Option(metavar="REPOSITORY/NAME/VERSION", help="The bundle to write.")
     ],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="An .npz of typical inputs to learn static scales from, for a model whose "
+            "activations have a calibration that keeps statistics."
+        ),
+    ] = None,
     tile: Annotated[
         int, typer.Option(help="Rows that are computed at once; the bits depend on it.")
     ] = 16,
@@ -40,12 +52,11 @@ def convert(
 ) -> None:
     """Converts a trained model for serving, and proves that it still answers what was trained."""
     # The heavy imports wait until the command runs: `aqt --help` and `aqt predict` need no JAX.
-    import numpy as np
     from rich.console import Console
 
     from aqt_engine.bundle import BundleError
     from aqt_engine.checkpoint import CheckpointError, load_variables
-    from aqt_engine.convert import ConversionError
+    from aqt_engine.convert import ConversionError, calibrate
     from aqt_engine.convert import convert as convert_model
 
     progress = Console(stderr=True)
@@ -55,18 +66,15 @@ def convert(
     ):
         factory = _load_factory(model)
         variables = load_variables(checkpoint)
-        try:
-            with np.load(example) as arrays:
-                inputs = {name: arrays[name] for name in arrays.files}
-        except (ValueError, AttributeError) as error:
-            raise ConversionError(
-                f"{example} is no .npz file of plain arrays ({error}): write it with numpy.savez"
-            ) from error
+        inputs = _read(example)
 
         def show(stage: str) -> None:
             progress.print(f"  {stage}", style="dim")
             status.update(stage)
 
+        if calibration is not None:
+            show("Calibrating")
+            variables = calibrate(factory, variables, _batches(_read(calibration)))
         manifest = convert_model(factory, variables, inputs, output, tile=tile, on_stage=show)
     if as_json:
         typer.echo(
@@ -87,6 +95,28 @@ def convert(
         f"exact on its witness",
         soft_wrap=True,
     )
+
+
+def _read(file: Path) -> dict[str, "np.ndarray[Any, Any]"]:
+    import numpy as np
+
+    from aqt_engine.convert import ConversionError
+
+    try:
+        with np.load(file) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, AttributeError) as error:
+        raise ConversionError(
+            f"{file} is no .npz file of plain arrays ({error}): write it with numpy.savez"
+        ) from error
+
+
+def _batches(
+    arrays: dict[str, "np.ndarray[Any, Any]"],
+) -> Iterator[dict[str, "np.ndarray[Any, Any]"]]:
+    rows = min(map(len, arrays.values()), default=0)
+    for start in range(0, max(rows, 1), _CALIBRATION_ROWS):
+        yield {name: array[start : start + _CALIBRATION_ROWS] for name, array in arrays.items()}
 
 
 def _load_factory(reference: str) -> Callable[..., Any]:

@@ -22,9 +22,9 @@ def serve(context: typer.Context) -> None:
     from aqt_server.server import StartError, run
     from aqt_server.settings import Settings
 
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    # By force, as what was just imported has put a handler of its own in place.
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger("aqt_server").setLevel(logging.INFO)
     with as_sentence(StartError):
         try:
             settings = CliApp.run(Settings, cli_args=context.args)
@@ -34,6 +34,8 @@ def serve(context: typer.Context) -> None:
 
 
 def _sentence(error: "pydantic_core.ErrorDetails") -> str:
+    if not error["loc"]:
+        return error["msg"].removeprefix("Value error, ")
     name = "-".join(str(part) for part in error["loc"]).replace("_", "-")
     given = "" if error["type"] == "missing" else f" (got {error['input']!r})"
     return f"--{name} is wrong{given}: {error['msg'].lower()}"
