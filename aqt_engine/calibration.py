@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from aqt_engine.numerics import Numerics
 
@@ -26,14 +27,14 @@ class Calibration(abc.ABC):
 
     @abc.abstractmethod
     def bound(self, x: jax.Array, shared_axes: Sequence[int], numerics: Numerics) -> jax.Array:
-        """The positive bound of `x`, in its dtype, its shape with `shared_axes` reduced to 1.
+        """The positive bound of `x`, in a float dtype, its shape with `shared_axes` reduced to 1.
 
         `numerics` is what `x` will be quantized by, for a calibration that tries it.
         """
 
-    def clipping(self) -> float | None:
-        """A constant that the bound is still to be multiplied by; None for 1."""
-        return None
+    def scale(self, x: jax.Array, shared_axes: Sequence[int], numerics: Numerics) -> jax.Array:
+        """The bound over that of the numerics, in the dtype and shape of the bound."""
+        return over(self.bound(x, shared_axes, numerics), numerics.quant_bound())
 
     def bias(self, x: jax.Array, shared_axes: Sequence[int], scale: jax.Array) -> jax.Array | None:
         """What is added to `x` before it is scaled, in the shape of `scale`; None for nothing."""
@@ -57,12 +58,13 @@ class AbsMaxCalibration(Calibration):
         _require_positive("clipping_scale", self.clipping_scale)
 
     def bound(self, x: jax.Array, shared_axes: Sequence[int], numerics: Numerics) -> jax.Array:
-        """max |x| over `shared_axes`."""
+        """max |x| over `shared_axes`, not clipped yet."""
         return _one_for_zero(jnp.max(jnp.abs(x), axis=tuple(shared_axes), keepdims=True))
 
-    def clipping(self) -> float | None:
-        """`clipping_scale`."""
-        return self.clipping_scale
+    def scale(self, x: jax.Array, shared_axes: Sequence[int], numerics: Numerics) -> jax.Array:
+        """The bound times `clipping_scale`, over that of the numerics."""
+        bound = self.bound(x, shared_axes, numerics)
+        return over(bound, numerics.quant_bound(), self.clipping_scale)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -114,6 +116,12 @@ class ConstantCalibration(Calibration):
         """`bound_value`, whatever `x` holds."""
         return jnp.full(_reduced(x, shared_axes), self.bound_value, x.dtype)
 
+    def scale(self, x: jax.Array, shared_axes: Sequence[int], numerics: Numerics) -> jax.Array:
+        """`bound_value` over the bound of the numerics, divided once and for all."""
+        dtype = np.dtype(x.dtype)
+        quotient = np.asarray(self.bound_value, dtype) / np.asarray(numerics.quant_bound(), dtype)
+        return jnp.full(_reduced(x, shared_axes), quotient, dtype)
+
     def bias(self, x: jax.Array, shared_axes: Sequence[int], scale: jax.Array) -> jax.Array | None:
         """`bias_value`, whatever `x` holds."""
         if self.bias_value is None:
@@ -148,14 +156,14 @@ class PercentileCalibration(Calibration):
 class SnrCalibration(Calibration):
     """The largest magnitude, times the clipping scale that leaves the best signal to noise ratio.
 
-    Each candidate is tried by quantizing and dequantizing. 1.0 is always one of them, and stays
-    where none is strictly better: in a group of zeros, for instance.
+    Each candidate is tried by quantizing and dequantizing. A group in which none has a ratio above
+    0, as one of zeros, keeps its largest magnitude.
 
     Raises:
       ValueError: there are no candidates, or one is not positive.
     """
 
-    clipping_scales: tuple[float, ...] = tuple(i / 20 for i in range(4, 20))
+    clipping_scales: tuple[float, ...] = tuple(i / 20 for i in range(20, 3, -1))
 
     def __post_init__(self):
         _require_candidates(self.clipping_scales)
@@ -169,22 +177,22 @@ class SnrCalibration(Calibration):
             noise = jnp.sum(error * error, axis=axes, keepdims=True)
             return -jnp.log(1 + signal / noise)
 
-        return _search(x, axes, numerics, self.clipping_scales, badness)
+        return _search(x, axes, numerics, self.clipping_scales, badness, 0.0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MseCalibration(Calibration):
     """The largest magnitude, times the clipping scale with the least mean of |error|^p.
 
-    Each candidate is tried by quantizing and dequantizing, and 1.0 is always one of them. p = 2 is
-    the mean squared error; 2.4 spares outliers, as in Frantar et al., arXiv:2210.17323.
+    Each candidate is tried by quantizing and dequantizing. p = 2 is the mean squared error; 2.4
+    gives more weight to large errors, and so spares outliers.
 
     Raises:
       ValueError: there are no candidates, or `p` or a candidate is not positive.
     """
 
     p: float = 2.0
-    clipping_scales: tuple[float, ...] = tuple(i / 20 for i in range(4, 20))
+    clipping_scales: tuple[float, ...] = tuple(i / 20 for i in range(20, 3, -1))
 
     def __post_init__(self):
         _require_positive("p", self.p)
@@ -197,7 +205,7 @@ class MseCalibration(Calibration):
         def badness(error: jax.Array) -> jax.Array:
             return jnp.mean(jnp.power(jnp.abs(error), self.p), axis=axes, keepdims=True)
 
-        return _search(x, axes, numerics, self.clipping_scales, badness)
+        return _search(x, axes, numerics, self.clipping_scales, badness, math.inf)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -235,27 +243,46 @@ def _search(
     numerics: Numerics,
     clipping_scales: Sequence[float],
     badness: Callable[[jax.Array], jax.Array],
+    worst: float,
 ) -> jax.Array:
+    """The first of the bounds with the least badness, where that is below `worst`."""
     if numerics.needs_key():
         raise ValueError(
             "a search over clipping scales cannot judge stochastic rounding, whose error changes "
             "from call to call: calibrate this side otherwise, or configure it without noise"
         )
     absmax = _one_for_zero(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
-
-    def try_bound(bound: jax.Array) -> jax.Array:
-        scale = bound * (1 / numerics.quant_bound())
-        rounded = numerics.quantize(x * reciprocal(scale), None)
-        return badness(x - rounded.astype(x.dtype) * scale)
-
-    best, least = absmax, try_bound(absmax)
+    # The bounds that are compared differ by less than a bfloat16 can tell.
+    absmax = absmax.astype(jnp.promote_types(x.dtype, jnp.float32))
+    best, least = absmax, jnp.full(absmax.shape, worst, x.dtype)
     for clipping_scale in clipping_scales:
         bound = absmax * clipping_scale
-        found = try_bound(bound)
+        scale = over(bound, numerics.quant_bound()).astype(x.dtype)
+        rounded = numerics.quantize(x * reciprocal(scale), None)
+        found = badness(x - rounded.astype(x.dtype) * scale)
         # A comparison with NaN is false, so that groups it cannot judge keep their largest value.
         better = found < least
         best, least = jnp.where(better, bound, best), jnp.where(better, found, least)
     return best
+
+
+def over(bound: jax.Array, divisor: float, factor: float | None = None) -> jax.Array:
+    """bound * factor / divisor, with the same bits eager and compiled, in any surrounding.
+
+    XLA turns a division by a constant into a product with its inverse, for some shapes and not for
+    others; joins that with another constant factor, where it sees both; and keeps more bits of a
+    bfloat16 than it has between two operations. So what it makes of a large compiled tensor is
+    written out: one product in float32, of a bound that is rounded explicitly.
+    """
+    wide = jnp.promote_types(bound.dtype, jnp.float32)
+    inverse = np.asarray(1 / divisor, wide)
+    if factor is not None and bound.dtype == wide:
+        inverse = np.asarray(factor, wide) * inverse
+    elif factor is not None:
+        bound = bound * factor
+    info = jnp.finfo(bound.dtype)
+    rounded = jax.lax.reduce_precision(bound.astype(wide), info.nexp, info.nmant)
+    return (rounded * inverse).astype(bound.dtype)
 
 
 def reciprocal(scale: jax.Array) -> jax.Array:

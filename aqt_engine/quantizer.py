@@ -6,7 +6,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.tree_util import Partial
 from jax.typing import DTypeLike
@@ -51,8 +50,7 @@ class Quantizer:
         """
         numerics = self._numerics()
         axes = shared_axes(self.calib_shared_axes, calibration_axes, x.ndim)
-        bound = self.calibration.bound(x, axes, numerics)
-        scale = _over(bound, numerics.quant_bound(), self.calibration.clipping())
+        scale = self.calibration.scale(x, axes, numerics)
         if self.po2_scale:
             scale = ceil_to_power_of_two(scale)
         dtype = x.dtype if self.scale_dtype is None else self.scale_dtype
@@ -108,22 +106,3 @@ def shared_axes(own: SharedAxes, calibration_axes: int | Sequence[int], ndim: in
 
 def _straight_through(mask: jax.Array | None, cotangent: jax.Array) -> jax.Array:
     return cotangent if mask is None else jnp.where(mask, cotangent, 0)
-
-
-def _over(bound: jax.Array, divisor: float, clipping: float | None) -> jax.Array:
-    """bound * clipping / divisor, with the same bits eager and compiled, in any surrounding.
-
-    XLA turns a division by a constant into a product with its inverse, for some shapes and not for
-    others; joins that with another constant factor, where it sees both; and keeps more bits of a
-    bfloat16 than it has between two operations. So what it makes of a large compiled tensor is
-    written out: one product in float32, of a bound that is rounded explicitly.
-    """
-    wide = jnp.promote_types(bound.dtype, jnp.float32)
-    inverse = np.asarray(1 / divisor, wide)
-    if clipping is not None and bound.dtype == wide:
-        inverse = np.asarray(clipping, wide) * inverse
-    elif clipping is not None:
-        bound = bound * clipping
-    info = jnp.finfo(bound.dtype)
-    rounded = lax.reduce_precision(bound.astype(wide), info.nexp, info.nmant)
-    return (rounded * inverse).astype(bound.dtype)
