@@ -36,9 +36,11 @@ class Calibration(abc.ABC):
         """The bound over that of the numerics, in the dtype and shape of the bound."""
         return over(self.bound(x, shared_axes, numerics), numerics.quant_bound())
 
-    def bias(self, x: jax.Array, shared_axes: Sequence[int], scale: jax.Array) -> jax.Array | None:
+    def bias(
+        self, x: jax.Array, shared_axes: Sequence[int], scale: jax.Array, numerics: Numerics
+    ) -> jax.Array | None:
         """What is added to `x` before it is scaled, in the shape of `scale`; None for nothing."""
-        del x, shared_axes, scale
+        del x, shared_axes, scale, numerics
         return None
 
 
@@ -122,7 +124,9 @@ class ConstantCalibration(Calibration):
         quotient = np.asarray(self.bound_value, dtype) / np.asarray(numerics.quant_bound(), dtype)
         return jnp.full(_reduced(x, shared_axes), quotient, dtype)
 
-    def bias(self, x: jax.Array, shared_axes: Sequence[int], scale: jax.Array) -> jax.Array | None:
+    def bias(
+        self, x: jax.Array, shared_axes: Sequence[int], scale: jax.Array, numerics: Numerics
+    ) -> jax.Array | None:
         """`bias_value`, whatever `x` holds."""
         if self.bias_value is None:
             return None
@@ -224,10 +228,14 @@ class MinMaxCalibration(Calibration):
         low, high = _range(x, shared_axes)
         return _one_for_zero((high - low) / 2)
 
-    def bias(self, x: jax.Array, shared_axes: Sequence[int], scale: jax.Array) -> jax.Array | None:
+    def bias(
+        self, x: jax.Array, shared_axes: Sequence[int], scale: jax.Array, numerics: Numerics
+    ) -> jax.Array | None:
         """The zero point times the scale."""
         low, high = _range(x, shared_axes)
-        bias = jnp.round(-(low + high) / 2 / scale) * scale
+        # Not beyond the last bucket, where zero itself would be clipped.
+        last = math.floor(numerics.quant_bound())
+        bias = jnp.clip(jnp.round(-(low + high) / 2 / scale), -last, last) * scale
         # Else a compiler may fuse this product with the sum that follows, and round only once.
         return jax.lax.optimization_barrier(bias)
 

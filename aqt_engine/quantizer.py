@@ -55,7 +55,7 @@ class Quantizer:
             scale = ceil_to_power_of_two(scale)
         dtype = x.dtype if self.scale_dtype is None else self.scale_dtype
         scale = scale.astype(dtype)
-        bias = self.calibration.bias(x, axes, scale)
+        bias = self.calibration.bias(x, axes, scale, numerics)
         calibrated = Scale(scale, None if bias is None else bias.astype(dtype))
         return lax.stop_gradient(calibrated) if self.scale_stop_grad else calibrated
 

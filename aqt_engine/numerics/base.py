@@ -39,3 +39,17 @@ class Numerics(abc.ABC):
 @dataclasses.dataclass(frozen=True, slots=True)
 class NoNumerics:
     """Leaves a tensor in float: it has no buckets and no scale."""
+
+
+def require_key(key: jax.Array | None, instead: str) -> jax.Array:
+    """`key`, which noise is to be drawn with.
+
+    Raises:
+      ValueError: it is None; `instead` is the setting that would draw no noise.
+    """
+    if key is None:
+        raise ValueError(
+            f"stochastic rounding needs a PRNG key and got none: pass `key=` (in Flax, "
+            f"`rngs={{'params': key}}`), or configure with {instead}"
+        )
+    return key

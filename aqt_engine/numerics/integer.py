@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from aqt_engine.numerics.base import Numerics
+from aqt_engine.numerics.base import Numerics, require_key
 from aqt_engine.numerics.noise import Noise
 
 _MAX_BITS = 22
@@ -78,11 +78,7 @@ class IntNumerics(Numerics):
         """The buckets of `scaled`: noise, clip, round half to even (without zero: floor + 0.5)."""
         x = scaled
         if self.noise_fn is not None:
-            if key is None:
-                raise ValueError(
-                    "stochastic rounding needs a PRNG key and got none: pass `key=` (in Flax, "
-                    "`rngs={'params': key}`), or configure without `noise_fn`"
-                )
+            key = require_key(key, "`noise_fn=None`")
             x = (x + self.noise_fn.draw(key, x.shape)).astype(scaled.dtype)
         if self.clip:
             x = jnp.clip(x, -self.clip_bound(), self.clip_bound())
