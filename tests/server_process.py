@@ -29,6 +29,9 @@ class ServerProcess:
         line = self.process.stdout.readline()
         assert line.startswith("listening on "), self.log()
         self.address = line.split()[-1]
+        self.metrics_url = None
+        if command[-2:] != ["--metrics-port", "-1"]:
+            self.metrics_url = self.process.stdout.readline().split()[-1]
 
     def log(self) -> str:
         return self._log.read_text()
@@ -57,7 +60,7 @@ class ServerProcess:
 def serving(
     repository: Path, *flags: str, log: Path, ready: bool = True
 ) -> Iterator[ServerProcess]:
-    command = [AQT, "serve", "--model-repository", repository, "--port", "0"]
+    command = [AQT, "serve", "--model-repository", repository, "--port", "0", "--metrics-port", "0"]
     command += ["--compilation-cache", _CACHE.name, *flags]
     server = ServerProcess(command, log)
     try:

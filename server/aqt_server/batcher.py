@@ -1,14 +1,16 @@
 """Requests to batches to answers, for one loaded version.
 
 There is one queue and one thread that computes. While it computes, requests gather; when it is
-free, it takes as many whole requests as fit. No request waits for company: alone, it runs at once.
-A request whose caller has gone, or whose deadline has passed, is cancelled in the queue and is
-never computed. That companions do not change an answer is the program's promise.
+free, it takes as many whole requests as fit, those of a higher priority first and otherwise in the
+order of their arrival. No request waits for company: alone, it runs at once. A request whose
+caller has gone, or whose deadline has passed, leaves the queue and is never computed. That
+companions do not change an answer is the program's promise.
 """
 
 import asyncio
 import collections
 import dataclasses
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,42 +19,133 @@ import numpy as np
 
 from aqt_engine.bundle import Arrays
 from aqt_server.codec import rows_of
-from aqt_server.errors import InvalidRequest, NotReady, Overloaded
+from aqt_server.errors import DeadlineExceeded, InvalidRequest, NotReady, Overloaded
+from aqt_server.statistics import Statistics, Times
+
+PRIORITY_LEVELS = 10
+"""Priorities go from 1, the highest, to this one."""
+DEFAULT_PRIORITY = 5
 
 Outputs = dict[str, np.ndarray[Any, Any]]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The outputs of one request, each with its rows, and when they were computed."""
+
+    outputs: Outputs
+    times: Times
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Waiting:
     inputs: Arrays
     rows: int
-    answer: asyncio.Future[Outputs]
+    priority: int
+    deadline: float | None
+    queued: int
+    answer: asyncio.Future[Answer]
+
+    @property
+    def room(self) -> int:
+        """What it takes of the queue: a request without rows takes some too."""
+        return max(1, self.rows)
+
+    def fail(self, error: Exception) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
 
 class Batcher:
     """The queue of one version. Belongs to the event loop that it is made in."""
 
     def __init__(
-        self, program: Callable[[Arrays], Outputs], *, max_batch_rows: int, queue_rows: int
+        self,
+        program: Callable[[Arrays], Outputs],
+        *,
+        max_batch_rows: int,
+        queue_rows: int,
+        statistics: Statistics,
     ):
         self._program = program
         self._max_batch_rows = max_batch_rows
         self._queue_rows = queue_rows
-        self._queue: collections.deque[_Waiting] = collections.deque()
+        self._statistics = statistics
+        self._levels = tuple(
+            collections.OrderedDict[_Waiting, None]() for _ in range(PRIORITY_LEVELS)
+        )
+        self._computing: list[_Waiting] = []
+        self.pending_rows = 0
+        """Rows that wait in the queue."""
         self._arrived = asyncio.Event()
         self._closed = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self._worker = asyncio.create_task(self._work())
 
-    async def run(self, inputs: Arrays) -> Outputs:
-        """The answer to one request: an array with its rows for each output.
+    @property
+    def pending_requests(self) -> int:
+        """Requests that wait in the queue."""
+        return sum(map(len, self._levels))
+
+    async def run(
+        self, inputs: Arrays, *, priority: int = DEFAULT_PRIORITY, deadline: float | None = None
+    ) -> Answer:
+        """The answer to one request.
+
+        `priority` is from 1, the highest, to `PRIORITY_LEVELS`. `deadline` is in the event loop's
+        time; a request that is computed by then is answered, however long that takes.
 
         Raises:
           InvalidRequest: it has more rows than the queue may ever hold.
           Overloaded: the queue is full.
-          NotReady: the version is being unloaded.
+          DeadlineExceeded: the deadline passed in the queue.
+          NotReady: the version is being unloaded, or was cut off while it computed.
         """
         rows = rows_of(inputs)
+        loop = asyncio.get_running_loop()
+        self._admit(rows)
+        waiting = _Waiting(
+            inputs=inputs,
+            rows=rows,
+            priority=priority,
+            deadline=deadline,
+            queued=time.monotonic_ns(),
+            answer=loop.create_future(),
+        )
+        self._levels[priority - 1][waiting] = None
+        self.pending_rows += waiting.room
+        self._arrived.set()
+        timer = None if deadline is None else loop.call_at(deadline, self._expire, waiting)
+        try:
+            return await waiting.answer
+        finally:
+            self._remove(waiting)
+            if timer:
+                timer.cancel()
+
+    async def close(self, grace_s: float) -> bool:
+        """Takes no more requests, and returns when the accepted ones have been answered.
+
+        What is not answered after `grace_s` seconds fails with NotReady. Returns whether there was
+        nothing of that kind; if there was, a thread may compute on, as none can be ended.
+        """
+        self._closed = True
+        self._arrived.set()
+        done, _ = await asyncio.wait({self._worker}, timeout=grace_s)
+        self._thread.shutdown(wait=False)
+        if done:
+            return True
+        self._worker.cancel()
+        for waiting in [*self._computing, *(w for level in self._levels for w in level)]:
+            waiting.fail(
+                NotReady(
+                    f"the request was not computed within the {grace_s:g} s that it had after this "
+                    f"version began to unload: send it again"
+                )
+            )
+        return False
+
+    def _admit(self, rows: int) -> None:
         if rows > self._queue_rows:
             raise InvalidRequest(
                 f"the request has {rows} rows, and the server takes at most {self._queue_rows} in "
@@ -60,70 +153,98 @@ class Batcher:
             )
         if self._closed:
             raise NotReady("this version is being unloaded: send the request again")
-        queued = sum(waiting.rows for waiting in self._queue if not waiting.answer.done())
-        if queued + rows > self._queue_rows:
+        if self.pending_rows + max(1, rows) > self._queue_rows:
             raise Overloaded(
-                f"{queued} rows are waiting and {rows} more do not fit into the queue of "
-                f"{self._queue_rows}: send the request again later"
+                f"{self.pending_rows} rows are waiting and {rows} more do not fit into the queue "
+                f"of {self._queue_rows}: send the request again later"
             )
-        answer = asyncio.get_running_loop().create_future()
-        self._queue.append(_Waiting(inputs, rows, answer))
-        self._arrived.set()
-        return await answer
 
-    async def close(self) -> None:
-        """Takes no more requests, and returns when the accepted ones have been answered."""
-        self._closed = True
-        self._arrived.set()
-        await self._worker
-        self._thread.shutdown(wait=False)
+    def _remove(self, waiting: _Waiting) -> bool:
+        """Takes `waiting` out of the queue, if it is still there."""
+        level = self._levels[waiting.priority - 1]
+        if waiting not in level:
+            return False
+        del level[waiting]
+        self.pending_rows -= waiting.room
+        return True
+
+    def _expire(self, waiting: _Waiting) -> None:
+        if self._remove(waiting):
+            waiting.fail(
+                DeadlineExceeded(
+                    "the request's time was up before it could be computed: allow it more, or send "
+                    "fewer at once"
+                )
+            )
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            batch = self._take()
+            batch = self._computing = self._take(loop.time())
             if batch:
                 try:
                     answers = await loop.run_in_executor(self._thread, self._compute, batch)
                 except Exception as error:
                     for waiting in batch:
-                        if not waiting.answer.done():
-                            waiting.answer.set_exception(error)
+                        waiting.fail(error)
                 else:
-                    for waiting, outputs in zip(batch, answers, strict=True):
+                    rows = sum(waiting.rows for waiting in batch)
+                    self._statistics.batches[rows].add(answers[0].times)
+                    for waiting, answer in zip(batch, answers, strict=True):
                         if not waiting.answer.done():
-                            waiting.answer.set_result(outputs)
+                            waiting.answer.set_result(answer)
             elif self._closed:
                 return
             else:
                 self._arrived.clear()
                 await self._arrived.wait()
 
-    def _take(self) -> list[_Waiting]:
+    def _take(self, now: float) -> list[_Waiting]:
         """The next requests that fit into a batch; one that is larger goes alone."""
         batch: list[_Waiting] = []
         rows = 0
-        while self._queue:
-            waiting = self._queue[0]
-            if waiting.answer.done():
-                self._queue.popleft()
-                continue
-            if batch and rows + waiting.rows > self._max_batch_rows:
-                break
-            batch.append(self._queue.popleft())
-            rows += waiting.rows
+        for level in self._levels:
+            while level:
+                waiting = next(iter(level))
+                if waiting.deadline is not None and waiting.deadline <= now:
+                    self._expire(waiting)
+                    continue
+                if batch and rows + waiting.rows > self._max_batch_rows:
+                    return batch
+                self._remove(waiting)
+                # Cancelled, and its caller has not been woken to remove it.
+                if waiting.answer.done():
+                    continue
+                batch.append(waiting)
+                rows += waiting.rows
         return batch
 
-    def _compute(self, batch: list[_Waiting]) -> list[Outputs]:
-        if len(batch) == 1:
-            return [self._program(batch[0].inputs)]
-        together = {
-            name: np.concatenate([waiting.inputs[name] for waiting in batch])
-            for name in batch[0].inputs
-        }
-        outputs = self._program(together)
+    def _compute(self, batch: list[_Waiting]) -> list[Answer]:
+        started = time.monotonic_ns()
+        inputs = batch[0].inputs
+        if len(batch) > 1:
+            inputs = {
+                name: np.concatenate([waiting.inputs[name] for waiting in batch]) for name in inputs
+            }
+        inputs_ready = time.monotonic_ns()
+        outputs = self._program(inputs)
+        computed = time.monotonic_ns()
         ends = np.cumsum([waiting.rows for waiting in batch])
-        return [
+        parts = [
             {name: array[end - waiting.rows : end] for name, array in outputs.items()}
             for waiting, end in zip(batch, ends, strict=True)
+        ]
+        finished = time.monotonic_ns()
+        return [
+            Answer(
+                outputs=part,
+                times=Times(
+                    queued=waiting.queued,
+                    started=started,
+                    inputs_ready=inputs_ready,
+                    computed=computed,
+                    finished=finished,
+                ),
+            )
+            for waiting, part in zip(batch, parts, strict=True)
         ]

@@ -1,69 +1,36 @@
-"""Between the wire and arrays: checks a request against a signature, and builds the response."""
+"""From the wire to arrays: checks the inputs of a request against a model's signature."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from aqt_engine.bundle import Arrays, Manifest, TensorSpec
+from aqt_engine.bundle import Manifest, TensorSpec
 from aqt_protos import open_inference_pb2 as pb
-from aqt_protos.tensors import Datatype, datatype, datatype_of, from_contents, from_raw, to_raw
-from aqt_server.errors import InvalidRequest, NotSupported
+from aqt_protos.tensors import Datatype, datatype, datatype_of, from_contents, from_raw
+from aqt_server.errors import InvalidRequest
+from aqt_server.shared_memory import Regions
 
-_UNSUPPORTED = ("shared_memory_region", "classification")
+_Input = pb.ModelInferRequest.InferInputTensor
 
 
-def decode(request: pb.ModelInferRequest, manifest: Manifest) -> dict[str, np.ndarray[Any, Any]]:
+def decode(
+    request: pb.ModelInferRequest, manifest: Manifest, regions: Regions
+) -> dict[str, np.ndarray[Any, Any]]:
     """The inputs of `request` by name, in the signature's order, all with the same rows.
 
     Raises:
       InvalidRequest: they do not fit the signature; the message says which input and why.
-      NotSupported: they refer to shared memory, or ask for classification.
+      NotFound: one is in a shared memory region that is not registered.
     """
-    for tensor in (*request.inputs, *request.outputs):
-        for parameter in _UNSUPPORTED:
-            if parameter in tensor.parameters:
-                raise NotSupported(
-                    f"tensor {tensor.name!r} asks for {parameter!r}, which this server does not "
-                    f"have: send and receive tensors in the messages"
-                )
     _check_names(request, manifest)
-    raw = request.raw_input_contents
-    if raw and len(raw) != len(request.inputs):
-        raise InvalidRequest(
-            f"got {len(raw)} raw contents for {len(request.inputs)} inputs: send one for each, in "
-            f"their order, or none and the elements in `contents`"
-        )
     specs = {spec.name: spec for spec in manifest.inputs}
-    arrays = {
-        tensor.name: _array(tensor, raw[i] if raw else None, specs[tensor.name])
-        for i, tensor in enumerate(request.inputs)
-    }
+    raw = _raw_contents(request, regions)
+    arrays = {tensor.name: _array(tensor, raw, specs[tensor.name]) for tensor in request.inputs}
     if len({len(array) for array in arrays.values()}) > 1:
         rows = ", ".join(f"{name!r} has {len(array)}" for name, array in arrays.items())
         raise InvalidRequest(f"inputs must have the same number of rows, and {rows}")
     return {spec.name: arrays[spec.name] for spec in manifest.inputs}
-
-
-def encode(
-    request: pb.ModelInferRequest, outputs: Arrays, *, model: str, version: str, exact: bool
-) -> pb.ModelInferResponse:
-    """The response to `request`, with the outputs that it asks for, or all of them.
-
-    Outputs are raw, unless the request had typed contents and every output has a typed form.
-    """
-    wanted = [output.name for output in request.outputs] or list(outputs)
-    chosen = [(name, outputs[name], datatype_of(outputs[name].dtype)) for name in wanted]
-    response = pb.ModelInferResponse(model_name=model, model_version=version, id=request.id)
-    response.parameters["aqt_exact"].bool_param = exact
-    as_typed = not request.raw_input_contents and all(kind.contents for _, _, kind in chosen)
-    for name, array, kind in chosen:
-        tensor = response.outputs.add(name=name, datatype=kind.name, shape=array.shape)
-        if as_typed:
-            getattr(tensor.contents, str(kind.contents)).extend(array.ravel().tolist())
-        else:
-            response.raw_output_contents.append(to_raw(array))
-    return response
 
 
 def describe(spec: TensorSpec) -> tuple[str, list[int]]:
@@ -74,16 +41,18 @@ def describe(spec: TensorSpec) -> tuple[str, list[int]]:
 def _check_names(request: pb.ModelInferRequest, manifest: Manifest) -> None:
     expected = [spec.name for spec in manifest.inputs]
     given = [tensor.name for tensor in request.inputs]
-    _check_known("input", given, expected)
+    check_known("input", given, expected)
     missing = [name for name in expected if name not in given]
     if missing:
         raise InvalidRequest(f"input {missing[0]!r} is missing: the model takes {_list(expected)}")
-    _check_known(
-        "output", [output.name for output in request.outputs], [o.name for o in manifest.outputs]
-    )
 
 
-def _check_known(side: str, given: Sequence[str], known: Sequence[str]) -> None:
+def check_known(side: str, given: Sequence[str], known: Sequence[str]) -> None:
+    """Checks that each of `given`, the names of a "side" of a request, is in `known`, and is once.
+
+    Raises:
+      InvalidRequest: it is not.
+    """
     for i, name in enumerate(given):
         if name not in known:
             raise InvalidRequest(f"the model has no {side} {name!r}: it has {_list(known)}")
@@ -91,15 +60,36 @@ def _check_known(side: str, given: Sequence[str], known: Sequence[str]) -> None:
             raise InvalidRequest(f"{side} {name!r} is given twice: name each once")
 
 
+def _raw_contents(request: pb.ModelInferRequest, regions: Regions) -> dict[str, bytes]:
+    """The raw contents of each input that has some, from shared memory or from the message.
+
+    In the message they stand without names: one for each input that is not in shared memory.
+    """
+    raw: dict[str, bytes] = {}
+    for tensor in request.inputs:
+        window = regions.window(tensor.parameters, f"input {tensor.name!r}")
+        if window:
+            raw[tensor.name] = window.read()
+    in_message = [tensor.name for tensor in request.inputs if tensor.name not in raw]
+    contents = request.raw_input_contents
+    if contents and len(contents) != len(in_message):
+        raise InvalidRequest(
+            f"got {len(contents)} raw contents for {len(in_message)} inputs: send one for each "
+            f"that is not in shared memory, in their order, or none and the elements in `contents`"
+        )
+    return raw | dict(zip(in_message, contents, strict=False))
+
+
 def _array(
-    tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None, spec: TensorSpec
+    tensor: _Input, raw_contents: Mapping[str, bytes], spec: TensorSpec
 ) -> np.ndarray[Any, Any]:
     kind = _checked_datatype(tensor, spec)
     _check_shape(tensor.shape, spec)
+    raw = raw_contents.get(spec.name)
     if raw is not None and tensor.HasField("contents"):
         raise InvalidRequest(
-            f"input {spec.name!r} has its elements in `contents`, and the request has raw "
-            f"contents too: send one of them"
+            f"input {spec.name!r} has its elements in `contents`, and has raw contents or is in "
+            f"shared memory too: send one of them"
         )
     try:
         if raw is not None:
@@ -109,7 +99,7 @@ def _array(
         raise InvalidRequest(f"input {spec.name!r}: {error}") from error
 
 
-def _checked_datatype(tensor: pb.ModelInferRequest.InferInputTensor, spec: TensorSpec) -> Datatype:
+def _checked_datatype(tensor: _Input, spec: TensorSpec) -> Datatype:
     expected, _ = describe(spec)
     if tensor.datatype != expected:
         raise InvalidRequest(

@@ -1,35 +1,60 @@
 """What can be wrong with a request, and the gRPC status that says so.
 
 RequestError
-    InvalidRequest     INVALID_ARGUMENT    the request does not fit the model's signature
-    NotFound           NOT_FOUND           there is no such model or version
+    InvalidRequest     INVALID_ARGUMENT    the request does not fit the model or the protocol
+    NotFound           NOT_FOUND           there is no such model, version or region
+    AlreadyExists      ALREADY_EXISTS      a region of that name is registered
     NotServable        FAILED_PRECONDITION the version was refused; asking again will not help
+    NotPermitted       FAILED_PRECONDITION the server's settings do not allow it
     NotReady           UNAVAILABLE         the version is still loading, or the server is stopping
     Overloaded         RESOURCE_EXHAUSTED  the queue is full; asking later may help
+    DeadlineExceeded   DEADLINE_EXCEEDED   its time was up before it was computed
     NotSupported       UNIMPLEMENTED       the protocol has it and this server does not
 
 Anything else that escapes from a call is a defect of ours, and INTERNAL.
 """
 
+import enum
+
 import grpc
 
 
+class FailureReason(enum.StrEnum):
+    """How failed requests are counted, in the words of Triton's metrics."""
+
+    REJECTED = "REJECTED"
+    """Never computed: the queue was full, its time was up, or the version was going away."""
+    CANCELED = "CANCELED"
+    """The caller went away."""
+    BACKEND = "BACKEND"
+    """The computation itself failed."""
+    OTHER = "OTHER"
+    """The request was wrong."""
+
+
 class RequestError(Exception):
-    """A request that is answered with `code` and this error's sentence."""
+    """A request that is answered with `code` and this error's sentence, and counted as `reason`."""
 
     code = grpc.StatusCode.UNKNOWN
+    reason = FailureReason.OTHER
 
 
 class InvalidRequest(RequestError):
-    """The request does not fit the model's signature or the limits."""
+    """The request does not fit the model's signature, the protocol or the limits."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
 
 
 class NotFound(RequestError):
-    """There is no such model, or no such version of it."""
+    """There is no such model, no such version of it, or no such shared memory region."""
 
     code = grpc.StatusCode.NOT_FOUND
+
+
+class AlreadyExists(RequestError):
+    """A shared memory region of that name is registered."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
 
 
 class NotServable(RequestError):
@@ -38,16 +63,31 @@ class NotServable(RequestError):
     code = grpc.StatusCode.FAILED_PRECONDITION
 
 
+class NotPermitted(RequestError):
+    """The server was started with settings that do not allow it."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
 class NotReady(RequestError):
     """The version is still loading, or going away."""
 
     code = grpc.StatusCode.UNAVAILABLE
+    reason = FailureReason.REJECTED
 
 
 class Overloaded(RequestError):
     """The model's queue is full."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = FailureReason.REJECTED
+
+
+class DeadlineExceeded(RequestError):
+    """The request's time was up before it was computed."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    reason = FailureReason.REJECTED
 
 
 class NotSupported(RequestError):

@@ -1,54 +1,70 @@
-"""The versions in a directory, and the life of each.
+"""The versions that the server knows, and the life of each.
 
-    NAME/VERSION/ appears -> LOADING -> READY -> vanishes: drained, unloaded
-                                     -> REFUSED, until its files change
+    NAME/VERSION/ appears -> LOADING -> READY -> vanishes: UNLOADING while it drains
+                                     -> UNAVAILABLE, until its files change
 
-The directory is looked at again and again. Versions are loaded one after the other in a thread, so
-that requests are answered meanwhile; one that is refused, for damage or because it is not exact
-here, touches no other. A version whose files were replaced is loaded anew and swapped when ready.
+Under --model-control poll the directory is looked at again and again; under explicit, a model's
+part of it when a client asks for that; under none, once. Versions are loaded one after the other in
+a thread, so that requests are answered meanwhile; one that is refused, for damage or because it is
+not exact here, touches no other. A version whose files were replaced is loaded anew and swapped
+when ready.
 """
 
 import asyncio
 import dataclasses
 import enum
 import logging
-from collections.abc import Awaitable, Callable
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from aqt_engine.bundle import Manifest
-from aqt_server import executor
+from aqt_server import directory, executor
 from aqt_server.batcher import Batcher
-from aqt_server.errors import NotFound, NotReady, NotServable
-from aqt_server.settings import Settings
+from aqt_server.directory import Fingerprint, Key
+from aqt_server.errors import DeadlineExceeded, NotFound, NotPermitted, NotReady, NotServable
+from aqt_server.settings import ModelControl, Settings
+from aqt_server.statistics import Statistics
 
 _log = logging.getLogger(__name__)
-_Fingerprint = tuple[tuple[str, int, int], ...]
-_Key = tuple[str, int]
 
 
-class State(enum.Enum):
-    """Where a version is in its life."""
+class State(enum.StrEnum):
+    """Where a version is in its life, in the protocol's words."""
 
-    LOADING = "loading"
-    READY = "ready"
-    REFUSED = "refused"
+    LOADING = "LOADING"
+    READY = "READY"
+    UNLOADING = "UNLOADING"
+    UNAVAILABLE = "UNAVAILABLE"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Servable:
-    """A version that answers requests."""
+    """A version that answers requests. `bucket_rows` are the rows that it computes at once."""
 
     name: str
     version: int
     manifest: Manifest
     exact: bool
+    bucket_rows: tuple[int, ...]
     batcher: Batcher
+    statistics: Statistics
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """A version of the repository, and why it is in its state where there is more to say."""
+
+    name: str
+    version: int
+    state: State
+    reason: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Entry:
     state: State
-    fingerprint: _Fingerprint
+    fingerprint: Fingerprint
     reason: str = ""
     servable: Servable | None = None
 
@@ -58,41 +74,33 @@ class Repository:
 
     def __init__(self, settings: Settings):
         self._settings = settings
-        self._entries: dict[_Key, _Entry] = {}
-        self._draining: set[asyncio.Task[None]] = set()
+        self._entries: dict[Key, _Entry] = {}
+        self._draining: dict[asyncio.Task[bool], Key] = {}
+        self._changing = asyncio.Lock()
+        self._changes: set[asyncio.Task[None]] = set()
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
         self._closing = False
+        self.loading = False
+        """Whether a thread is loading a version."""
         self.scanned = False
-        """Whether everything that was there at the start has been loaded or refused."""
+        """Whether everything that was to be loaded at the start is loaded or refused."""
 
     async def watch(self, settled: Callable[[], Awaitable[None]]) -> None:
-        """Loads what is there, calls `settled`, then follows the directory until cancelled."""
-        await self.scan()
+        """Loads what the settings say, calls `settled`, then polls until cancelled if they do."""
+        explicit = self._settings.model_control is ModelControl.EXPLICIT
+        names = frozenset(self._settings.load_model)
+        await self._follow(names if explicit and "*" not in names else None)
         self.scanned = True
         await settled()
-        while self._settings.poll_s:
+        while self._settings.model_control is ModelControl.POLL:
             await asyncio.sleep(self._settings.poll_s)
-            await self.scan()
-
-    async def scan(self) -> None:
-        """Brings what is loaded in line with the directory, if that can be read."""
-        try:
-            found = dict(await asyncio.to_thread(_versions, self._settings.model_repository))
-        except OSError as error:
-            # What is loaded is served on: the directory may come back.
-            _log.error("the model repository cannot be read: %s", error)
-            return
-        for key in self._entries.keys() - found.keys():
-            self._unload(key)
-        for key, fingerprint in found.items():
-            entry = self._entries.get(key)
-            if entry is None or entry.fingerprint != fingerprint:
-                await self._load(key, fingerprint)
+            await self._follow(None)
 
     def get(self, name: str, version: str) -> Servable:
         """The version that a request means; with `version` empty, the newest that is ready.
 
         Raises:
-          NotFound: there is no such model or version.
+          NotFound: there is no such model or version, or it is not loaded.
           NotReady: it is still loading, or the server is stopping.
           NotServable: it was refused.
         """
@@ -102,11 +110,11 @@ class Repository:
         if not versions:
             known = sorted({n for n, _ in self._entries})
             raise NotFound(
-                f"there is no model {name!r}: the repository has "
+                f"there is no model {name!r}: the server has "
                 f"{', '.join(map(repr, known)) or 'none yet'}"
             )
         if version:
-            entry = versions.get(int(version)) if version.isdecimal() else None
+            entry = versions.get(int(version)) if _is_number(version) else None
             if entry is None:
                 raise NotFound(
                     f"model {name!r} has no version {version!r}: it has "
@@ -117,94 +125,209 @@ class Repository:
             entry = versions[max(ready or versions)]
         if entry.servable:
             return entry.servable
-        if entry.state is State.REFUSED:
+        if entry.state is State.UNAVAILABLE:
             raise NotServable(f"model {name!r} was refused: {entry.reason}")
         raise NotReady(f"model {name!r} is still loading: send the request again")
 
-    def ready_versions(self, name: str) -> list[int]:
-        """The versions of a model that answer requests, ascending."""
-        return sorted(v for (n, v), entry in self._entries.items() if n == name and entry.servable)
+    def ready(self) -> list[Servable]:
+        """The versions that answer requests, by name and then by number."""
+        servables = [entry.servable for entry in self._entries.values()]
+        return sorted((s for s in servables if s), key=lambda s: (s.name, s.version))
 
-    async def close(self) -> None:
-        """Takes no more requests, and unloads everything once the accepted ones are answered."""
+    async def index(self) -> list[Listed]:
+        """Every version that is served, known or in the directory, by name and then by number."""
+        listed = {
+            key: Listed(name=key[0], version=key[1], state=entry.state, reason=entry.reason)
+            for key, entry in self._entries.items()
+        }
+        for name, version in self._draining.values():
+            listed.setdefault(
+                (name, version),
+                Listed(name=name, version=version, state=State.UNLOADING, reason=""),
+            )
+        for name, version in await self._on_disk() or ():
+            listed.setdefault(
+                (name, version),
+                Listed(name=name, version=version, state=State.UNAVAILABLE, reason="not loaded"),
+            )
+        return [listed[key] for key in sorted(listed)]
+
+    async def load(self, name: str) -> None:
+        """Loads the versions of a model that are new, were replaced or were refused.
+
+        Those that are served stay so until their successors are ready.
+
+        Raises:
+          NotPermitted: the model control is not explicit.
+          NotFound: the directory has no such model.
+          NotServable: one of its versions was refused.
+        """
+        self._check_explicit()
+        found = await self._on_disk()
+        if not any(n == name for n, _ in found or ()):
+            raise NotFound(f"the model repository has no versions of a model {name!r}")
+        await self._finish(self._follow(frozenset([name]), again=True))
+        refused = [
+            f"version {version}: {entry.reason}"
+            for (n, version), entry in sorted(self._entries.items())
+            if n == name and entry.reason
+        ]
+        if refused:
+            raise NotServable(f"model {name!r} was refused: {'; '.join(refused)}")
+
+    async def unload(self, name: str) -> None:
+        """Takes no more requests for a model, and returns when the accepted ones are answered.
+
+        Raises:
+          NotPermitted: the model control is not explicit.
+          NotFound: no such model is loaded.
+          DeadlineExceeded: requests took longer than the settings give them, and were cut off.
+        """
+        self._check_explicit()
+
+        async def unload() -> None:
+            async with self._changing:
+                keys = [key for key in self._entries if key[0] == name]
+                if not keys:
+                    raise NotFound(f"no model {name!r} is loaded")
+                drained = [self._unload(key) for key in keys]
+            if not all(await asyncio.gather(*drained)):
+                raise DeadlineExceeded(
+                    f"model {name!r} is unloaded, but requests that were computing were cut off "
+                    f"after {self._settings.drain_s:g} s"
+                )
+
+        await self._finish(unload())
+
+    async def close(self) -> bool:
+        """Takes no more requests, and returns when the accepted ones are answered or cut off.
+
+        Returns whether all were answered.
+        """
         self._closing = True
         for key in list(self._entries):
             self._unload(key)
-        await asyncio.gather(*self._draining)
+        return all(await asyncio.gather(*self._draining))
 
-    async def _load(self, key: _Key, fingerprint: _Fingerprint) -> None:
+    def _check_explicit(self) -> None:
+        if self._settings.model_control is not ModelControl.EXPLICIT:
+            raise NotPermitted(
+                f"models are loaded and unloaded by request only under --model-control explicit, "
+                f"and this server has {self._settings.model_control}"
+            )
+
+    async def _finish(self, change: Coroutine[Any, Any, None]) -> None:
+        """Waits for `change`, which goes on to its end even if the caller is cancelled."""
+        task = asyncio.create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        # Retrieved, as asyncio complains of an error that nobody has waited for.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.shield(task)
+
+    async def _on_disk(self) -> dict[Key, Fingerprint] | None:
+        """What the directory has; None if it cannot be read, which may pass."""
+        try:
+            return await asyncio.to_thread(directory.versions, self._settings.model_repository)
+        except OSError as error:
+            _log.error("the model repository cannot be read: %s", error)
+            return None
+
+    async def _follow(self, names: frozenset[str] | None, *, again: bool = False) -> None:
+        """Brings the models `names`, or all, in line with the directory, if that can be read.
+
+        What was refused is tried again when its files have changed, or if `again` is set.
+        """
+        async with self._changing:
+            found = await self._on_disk()
+            if found is None:
+                return
+            for key in self._entries.keys() - found.keys():
+                if names is None or key[0] in names:
+                    self._unload(key)
+            for key, fingerprint in found.items():
+                if self._closing:
+                    return
+                if names is not None and key[0] not in names:
+                    continue
+                entry = self._entries.get(key)
+                if not entry or entry.fingerprint != fingerprint or (again and entry.reason):
+                    await self._load(key, fingerprint)
+
+    async def _load(self, key: Key, fingerprint: Fingerprint) -> None:
         name, version = key
-        path = self._settings.model_repository / name / str(version)
         before = self._entries.get(key)
         serving = before.servable if before else None
         if serving is None:
             self._entries[key] = _Entry(state=State.LOADING, fingerprint=fingerprint)
         _log.info("loading %s version %d", name, version)
         try:
-            loaded = await asyncio.to_thread(
-                executor.load,
-                path,
-                max_batch_rows=self._settings.max_batch_rows,
-                allow_inexact=self._settings.allow_inexact,
-            )
+            loaded = await self._in_thread(key)
         except Exception as error:
             # Whatever a bundle does to its loader, the server and the other versions go on.
             _log.error("refused %s version %d: %s", name, version, error)
             self._entries[key] = _Entry(
                 # A version that is served stays so while its files are being replaced.
-                state=State.READY if serving else State.REFUSED,
+                state=State.READY if serving else State.UNAVAILABLE,
                 fingerprint=fingerprint,
-                reason=str(error),
+                reason=str(error) or type(error).__name__,
                 servable=serving,
             )
             return
-        batcher = Batcher(
-            loaded.program,
-            max_batch_rows=loaded.program.max_rows,
-            queue_rows=self._settings.queue_rows,
-        )
+        if self._closing:
+            return
+        statistics = Statistics()
         servable = Servable(
             name=name,
             version=version,
             manifest=loaded.manifest,
             exact=loaded.exact,
-            batcher=batcher,
+            bucket_rows=loaded.executor.bucket_rows,
+            batcher=Batcher(
+                loaded.executor,
+                max_batch_rows=loaded.executor.bucket_rows[-1],
+                queue_rows=self._settings.queue_rows,
+                statistics=statistics,
+            ),
+            statistics=statistics,
         )
         self._entries[key] = _Entry(state=State.READY, fingerprint=fingerprint, servable=servable)
         _log.info("ready %s version %d, exact: %s", name, version, loaded.exact)
         if serving:
             self._drain(serving)
 
-    def _unload(self, key: _Key) -> None:
+    async def _in_thread(self, key: Key) -> executor.Loaded:
+        name, version = key
+
+        def load() -> executor.Loaded:
+            self.loading = True
+            try:
+                return executor.load(
+                    self._settings.model_repository / name / str(version),
+                    max_batch_rows=self._settings.max_batch_rows,
+                    allow_inexact=self._settings.allow_inexact,
+                )
+            finally:
+                self.loading = False
+
+        return await asyncio.get_running_loop().run_in_executor(self._loader, load)
+
+    def _unload(self, key: Key) -> asyncio.Future[bool]:
+        """Forgets a version; the future says in the end whether all its requests were answered."""
         servable = self._entries.pop(key).servable
         if servable:
-            _log.info("unloading %s version %d", servable.name, servable.version)
-            self._drain(servable)
+            return self._drain(servable)
+        done = asyncio.get_running_loop().create_future()
+        done.set_result(True)
+        return done
 
-    def _drain(self, servable: Servable) -> None:
-        task = asyncio.create_task(servable.batcher.close())
-        self._draining.add(task)
-        task.add_done_callback(self._draining.discard)
-
-
-def _versions(repository: Path) -> list[tuple[_Key, _Fingerprint]]:
-    """What is on disk, the newest version of each model first, with a mark of its files' state."""
-    found: list[tuple[_Key, _Fingerprint]] = []
-    for model in sorted(repository.iterdir()):
-        if model.name.startswith(".") or not model.is_dir():
-            continue
-        numbers = [d.name for d in model.iterdir() if d.name.isdecimal() and d.name[0] != "0"]
-        for number in sorted(map(int, numbers), reverse=True):
-            found.append(((model.name, number), _fingerprint(model / str(number))))
-    return found
+    def _drain(self, servable: Servable) -> asyncio.Task[bool]:
+        _log.info("unloading %s version %d", servable.name, servable.version)
+        task = asyncio.create_task(servable.batcher.close(self._settings.drain_s))
+        self._draining[task] = servable.name, servable.version
+        task.add_done_callback(self._draining.pop)
+        return task
 
 
-def _fingerprint(path: Path) -> _Fingerprint:
-    marks: list[tuple[str, int, int]] = []
-    for file in sorted(path.rglob("*")):
-        try:
-            status = file.stat()
-        except FileNotFoundError:
-            continue  # it was removed while we looked, and the next look will tell
-        marks.append((str(file), status.st_size, status.st_mtime_ns))
-    return tuple(marks)
+def _is_number(version: str) -> bool:
+    return version.isascii() and version.isdecimal() and len(version) < 20

@@ -2,9 +2,12 @@
 
 import asyncio
 import logging
+import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
+from wsgiref.simple_server import WSGIServer
 
 import grpc
 import jax
@@ -12,9 +15,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from aqt_protos import POOL, SERVICE_NAME, open_inference_pb2_grpc
+from aqt_server import metrics
+from aqt_server.logs import LogSettings
 from aqt_server.repository import Repository
 from aqt_server.service import InferenceService
 from aqt_server.settings import Settings
+from aqt_server.shared_memory import Regions
+from aqt_server.tracing import Tracer
 
 _log = logging.getLogger(__name__)
 # The stubs do not know that the module has `aio`.
@@ -31,14 +38,22 @@ class StartError(Exception):
 def run(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT, and returns when the accepted requests are answered.
 
+    Where some had to be cut off, it does not return: the process ends, with exit code 1.
+
     Raises:
-      StartError: the repository is not there, or the port cannot be had.
+      StartError: the repository or a model of it is not there, or a port cannot be had.
     """
     if not settings.model_repository.is_dir():
         raise StartError(
             f"--model-repository {settings.model_repository} is no directory: give one that holds "
             f"bundles as NAME/VERSION/"
         )
+    for name in settings.load_model:
+        if name != "*" and not (settings.model_repository / name).is_dir():
+            raise StartError(
+                f"--load-model {name} is not in {settings.model_repository}: name a directory of "
+                f"it, or leave it out"
+            )
     _use_compilation_cache(settings.compilation_cache)
     asyncio.run(_serve(settings))
 
@@ -52,35 +67,18 @@ def _use_compilation_cache(directory: Path) -> None:
 
 async def _serve(settings: Settings) -> None:
     repository = Repository(settings)
-    server = grpc.aio.server(
-        options=[
-            ("grpc.max_receive_message_length", settings.max_message_bytes),
-            ("grpc.max_send_message_length", settings.max_message_bytes),
-            # Else a second server on the same port starts, and takes half of the requests.
-            ("grpc.so_reuseport", 0),
-        ]
-    )
     checks = _Health()
-    open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-        InferenceService(repository), server
-    )
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server, pool=POOL)
-
+    server = _grpc_server(settings, repository, checks)
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     await _set_health(checks, _NOT_SERVING)
-    address = f"{settings.host}:{settings.port}"
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise StartError(
-            f"cannot listen on {address} ({error}): is the port taken? choose another with --port"
-        ) from error
+    port = _listen(server, f"{settings.host}:{settings.port}")
+    metrics_server = _serve_metrics(settings, repository)
     await server.start()
     print(f"listening on {settings.host}:{port}", flush=True)
+    if metrics_server:
+        print(f"metrics on http://{settings.host}:{metrics_server.server_port}/metrics", flush=True)
 
     async def settled() -> None:
         await _set_health(checks, _SERVING)
@@ -92,12 +90,57 @@ async def _serve(settings: Settings) -> None:
     await _set_health(checks, _NOT_SERVING)
     # The door stays open while the accepted requests finish and a moment longer, so that new ones
     # hear UNAVAILABLE and go elsewhere: what arrives just as gRPC stops, it answers CANCELLED.
-    try:
-        await asyncio.wait_for(repository.close(), settings.drain_s)
-    except TimeoutError:
+    answered = await repository.close()
+    if not answered:
         _log.error("requests were still computing after %g s and are cut off", settings.drain_s)
     await asyncio.sleep(_REFUSING_S)
     await server.stop(grace=1)
+    if not answered or repository.loading:
+        # A thread that computes or compiles cannot be ended, and Python would wait for it.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0 if answered else 1)
+
+
+def _grpc_server(settings: Settings, repository: Repository, checks: Any) -> grpc.aio.Server:
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", settings.max_message_bytes),
+            ("grpc.max_send_message_length", settings.max_message_bytes),
+            # Else a second server on the same port starts, and takes half of the requests.
+            ("grpc.so_reuseport", 0),
+        ]
+    )
+    logs = LogSettings()
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(logs)
+    service = InferenceService(repository=repository, regions=Regions(), tracer=Tracer(), logs=logs)
+    open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server, pool=POOL)
+    return server
+
+
+def _listen(server: grpc.aio.Server, address: str) -> int:
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise StartError(
+            f"cannot listen on {address} ({error}): is the port taken? choose another with --port"
+        ) from error
+
+
+def _serve_metrics(settings: Settings, repository: Repository) -> WSGIServer | None:
+    if settings.metrics_port < 0:
+        return None
+    try:
+        return metrics.serve(repository, host=settings.host, port=settings.metrics_port)
+    except OSError as error:
+        raise StartError(
+            f"cannot listen on {settings.host}:{settings.metrics_port} for metrics ({error}): is "
+            f"the port taken? choose another with --metrics-port, or -1 for none"
+        ) from error
 
 
 async def _set_health(checks: Any, status: int) -> None:

@@ -1,11 +1,24 @@
 """All settings of the server, each from a flag, an environment variable, or its default."""
 
+import enum
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 _MIB = 2**20
+
+
+class ModelControl(enum.StrEnum):
+    """Who decides which models are loaded."""
+
+    POLL = "poll"
+    """The directory: what appears is loaded, what vanishes is unloaded."""
+    EXPLICIT = "explicit"
+    """Clients, by RepositoryModelLoad and Unload, beginning with `load_model`."""
+    NONE = "none"
+    """Nobody: what is there at the start is loaded, and stays."""
 
 
 class Settings(BaseSettings):
@@ -25,10 +38,7 @@ class Settings(BaseSettings):
         protected_namespaces=(),
     )
 
-    model_repository: Path = Field(
-        description="directory of bundles, NAME/VERSION/; versions that appear in it are loaded, "
-        "versions that vanish are drained and unloaded"
-    )
+    model_repository: Path = Field(description="directory of bundles, NAME/VERSION/")
     host: str = Field(
         default="127.0.0.1", description="address to listen on; 0.0.0.0 for all, as in a container"
     )
@@ -46,13 +56,31 @@ class Settings(BaseSettings):
     max_message_bytes: PositiveInt = Field(
         default=64 * _MIB, description="largest request and response, in bytes"
     )
-    poll_s: NonNegativeFloat = Field(
+    metrics_port: int = Field(
+        default=8002,
+        ge=-1,
+        le=65535,
+        description="port of the Prometheus metrics, at /metrics; 0 for any free, -1 for none",
+    )
+    model_control: ModelControl = Field(
+        default=ModelControl.POLL,
+        description="poll: load versions that appear in the repository, drain and unload versions "
+        "that vanish; explicit: load and unload as clients ask for it; none: load what is there at "
+        "the start",
+    )
+    load_model: tuple[str, ...] = Field(
+        default=(),
+        description="name of a model to load at the start under --model-control explicit, '*' for "
+        "all; may be repeated",
+    )
+    poll_s: PositiveFloat = Field(
         default=2.0,
-        description="seconds between two looks at the repository; 0 looks only once, at the start",
+        description="seconds between two looks at the repository under --model-control poll",
     )
     drain_s: NonNegativeFloat = Field(
         default=30.0,
-        description="seconds that accepted requests have to finish after SIGTERM or SIGINT",
+        description="seconds that accepted requests have to finish after SIGTERM or SIGINT, or "
+        "when their version is unloaded; what takes longer is cut off",
     )
     compilation_cache: Path = Field(
         default=Path("~/.cache/aqt/compiled"),
@@ -63,3 +91,11 @@ class Settings(BaseSettings):
         description="serve versions whose witness does not reproduce here; their responses say "
         "`aqt_exact: false`",
     )
+
+    @model_validator(mode="after")
+    def _check_load_model(self) -> Self:
+        if self.load_model and self.model_control is not ModelControl.EXPLICIT:
+            raise ValueError(
+                f"--load-model needs --model-control explicit, and it is {self.model_control}"
+            )
+        return self

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from aqt_server.batcher import Batcher
-from aqt_server.errors import InvalidRequest, NotReady, Overloaded
+from aqt_server.errors import DeadlineExceeded, InvalidRequest, NotReady, Overloaded
+from aqt_server.statistics import Statistics
 
 
 class Doubling:
@@ -35,16 +36,18 @@ async def until_computing(program):
     assert await asyncio.to_thread(program.started.wait, 60)
 
 
-def with_batcher(test, **limits):
+def with_batcher(test, statistics=None):
     async def main():
         program = Doubling()
-        batcher = Batcher(program, **{"max_batch_rows": 4, "queue_rows": 8, **limits})
+        batcher = Batcher(
+            program, max_batch_rows=4, queue_rows=8, statistics=statistics or Statistics()
+        )
         try:
             async with asyncio.timeout(60):
                 await test(program, batcher)
         finally:
             program.gate.set()
-            await batcher.close()
+            await batcher.close(60)
 
     asyncio.run(main())
 
@@ -56,7 +59,7 @@ def test_requests_that_wait_are_computed_together_and_answered_apart():
         rest = [asyncio.create_task(batcher.run(rows(*v))) for v in ([2, 3], [4], [5, 6])]
         await asyncio.sleep(0)
         program.gate.set()
-        answers = [(await task)["y"][:, 0].tolist() for task in (first, *rest)]
+        answers = [(await task).outputs["y"][:, 0].tolist() for task in (first, *rest)]
         assert answers == [[2], [4, 6], [8], [10, 12]]
         assert program.batches == [[1], [2, 3, 4], [5, 6]]
 
@@ -66,7 +69,7 @@ def test_requests_that_wait_are_computed_together_and_answered_apart():
 def test_a_request_larger_than_a_batch_goes_alone():
     async def test(program, batcher):
         program.gate.set()
-        assert (await batcher.run(rows(*range(7))))["y"].shape == (7, 1)
+        assert (await batcher.run(rows(*range(7)))).outputs["y"].shape == (7, 1)
         assert program.batches == [list(range(7))]
 
     with_batcher(test)
@@ -85,7 +88,7 @@ def test_a_full_queue_refuses_and_frees_itself():
         late = asyncio.create_task(batcher.run(rows(3)))
         await asyncio.sleep(0)
         program.gate.set()
-        assert (await late)["y"] == 6
+        assert (await late).outputs["y"] == 6
         await first
         # What was cancelled was never computed.
         assert program.batches == [[1], [3]]
@@ -106,7 +109,7 @@ def test_a_failed_batch_fails_its_requests_and_no_later_one():
         program.gate.set()
         with pytest.raises(RuntimeError, match="negative"):
             await batcher.run(rows(-1))
-        assert (await batcher.run(rows(1)))["y"] == 2
+        assert (await batcher.run(rows(1))).outputs["y"] == 2
 
     with_batcher(test)
 
@@ -115,12 +118,86 @@ def test_closing_answers_what_was_accepted_and_refuses_the_rest():
     async def test(program, batcher):
         accepted = [asyncio.create_task(batcher.run(rows(i))) for i in range(6)]
         await until_computing(program)
-        closing = asyncio.create_task(batcher.close())
+        closing = asyncio.create_task(batcher.close(60))
         await asyncio.sleep(0)
         with pytest.raises(NotReady):
             await batcher.run(rows(9))
         program.gate.set()
         await closing
-        assert [(await task)["y"].item() for task in accepted] == [0, 2, 4, 6, 8, 10]
+        assert [(await task).outputs["y"].item() for task in accepted] == [0, 2, 4, 6, 8, 10]
 
     with_batcher(test)
+
+
+def test_a_higher_priority_goes_first_and_equals_in_their_order():
+    async def test(program, batcher):
+        first = asyncio.create_task(batcher.run(rows(1)))
+        await until_computing(program)
+        priorities = {2: 5, 3: 10, 4: 1, 5: 5, 6: 1}
+        rest = [
+            asyncio.create_task(batcher.run(rows(value), priority=priority))
+            for value, priority in priorities.items()
+        ]
+        await asyncio.sleep(0)
+        program.gate.set()
+        await asyncio.gather(first, *rest)
+        assert program.batches == [[1], [4, 6, 2, 5], [3]]
+
+    with_batcher(test)
+
+
+def test_what_expires_in_the_queue_leaves_it_and_is_never_computed():
+    async def test(program, batcher):
+        loop = asyncio.get_running_loop()
+        # Computing already: it is answered, however late.
+        first = asyncio.create_task(batcher.run(rows(1), deadline=loop.time() + 0.001))
+        await until_computing(program)
+        soon = asyncio.create_task(batcher.run(rows(2), deadline=loop.time() + 0.001))
+        later = asyncio.create_task(batcher.run(rows(3), deadline=loop.time() + 1000))
+        with pytest.raises(DeadlineExceeded):
+            await soon
+        assert (batcher.pending_requests, batcher.pending_rows) == (1, 1)
+        program.gate.set()
+        assert (await first).outputs["y"] == 2
+        assert (await later).outputs["y"] == 6
+        with pytest.raises(DeadlineExceeded):
+            await batcher.run(rows(4), deadline=loop.time())
+        assert program.batches == [[1], [3]]
+
+    with_batcher(test)
+
+
+def test_closing_cuts_off_what_takes_too_long():
+    async def test(program, batcher):
+        computing = asyncio.create_task(batcher.run(rows(1)))
+        await until_computing(program)
+        queued = asyncio.create_task(batcher.run(rows(2)))
+        await asyncio.sleep(0)
+        assert not await batcher.close(0.01)
+        for task in (computing, queued):
+            with pytest.raises(NotReady, match=r"0\.01 s"):
+                await task
+        program.gate.set()
+
+    with_batcher(test)
+
+
+def test_statistics_count_batches_by_their_rows():
+    statistics = Statistics()
+
+    async def test(program, batcher):
+        first = asyncio.create_task(batcher.run(rows(1)))
+        await until_computing(program)
+        rest = [asyncio.create_task(batcher.run(rows(*v))) for v in ([2, 3], [4], [5, 6])]
+        await asyncio.sleep(0)
+        assert (batcher.pending_requests, batcher.pending_rows) == (3, 5)
+        program.gate.set()
+        answers = await asyncio.gather(first, *rest)
+        counts = {n: stages.infer.count for n, stages in statistics.batches.items()}
+        assert counts == {1: 1, 3: 1, 2: 1}
+        assert (batcher.pending_requests, batcher.pending_rows) == (0, 0)
+        for times in (answer.times for answer in answers):
+            moments = [getattr(times, name) for name in times.__slots__]
+            assert moments == sorted(moments)
+
+    with_batcher(test, statistics)

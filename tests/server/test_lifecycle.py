@@ -88,11 +88,20 @@ def test_a_restart_compiles_nothing_again(repository, tmp_path):
     assert entries[1] == entries[0]
 
 
+def test_metrics_can_be_turned_off(repository, tmp_path):
+    with serving(repository, "--metrics-port", "-1", log=tmp_path / "log") as server:
+        assert server.terminate() == 0
+        assert server.metrics_url is None
+
+
 def test_a_taken_port_is_an_error(repository, tmp_path):
     with serving(repository, log=tmp_path / "log", ready=False) as server:
         port = server.address.split(":")[1]
         second = _fail("--model-repository", str(repository), "--port", port)
         assert f"cannot listen on 127.0.0.1:{port}" in second
+        port = server.metrics_url.split(":")[2].split("/")[0]
+        third = _fail("--model-repository", str(repository), "--port", "0", "--metrics-port", port)
+        assert f"cannot listen on 127.0.0.1:{port} for metrics" in third
 
 
 def test_wrong_settings_name_themselves(tmp_path):
@@ -101,6 +110,11 @@ def test_wrong_settings_name_themselves(tmp_path):
     assert "--port is wrong (got 'many')" in _fail("--port", "many")
     assert "--queue-rows is wrong (got '0')" in _fail("--queue-rows", "0")
     assert "unrecognized arguments: --colour" in _fail("--model-repository", ".", "--colour", "1")
+    assert "--poll-s is wrong (got '0')" in _fail("--model-repository", ".", "--poll-s", "0")
+    assert "--model-control is wrong (got 'often')" in _fail("--model-control", "often")
+    load = ("--model-repository", str(tmp_path), "--load-model", "m")
+    assert "--load-model needs --model-control explicit, and it is poll" in _fail(*load)
+    assert "--load-model m is not in" in _fail(*load, "--model-control", "explicit")
     assert "--port is wrong (got '70000')" in _fail(env=environment(AQT_PORT="70000"))
 
 

@@ -13,11 +13,10 @@ from aqt_protos import open_inference_pb2 as pb
 from aqt_protos import open_inference_pb2_grpc as pb_grpc
 from bundles import FEATURES, reference, write_linear
 from engine.contractions import assert_same_bits
+from server.messages import MODEL, request_of, x_of
 from server_process import serving
 
 pytestmark = pytest.mark.slow
-
-MODEL = "linear"
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +46,6 @@ def stub(server):
         yield pb_grpc.GRPCInferenceServiceStub(channel)
 
 
-def x_of(rows, seed=0):
-    return np.random.default_rng(seed).normal(size=(rows, FEATURES)).astype(np.float32)
-
-
-def request_of(x, **changes):
-    request = pb.ModelInferRequest(model_name=MODEL, raw_input_contents=[x.tobytes()])
-    request.inputs.add(name="x", datatype="FP32", shape=x.shape)
-    for name, value in changes.items():
-        setattr(request, name, value)
-    return request
-
-
 def test_server_and_model_state(client):
     assert client.is_server_live()
     assert client.is_server_ready()
@@ -69,7 +56,9 @@ def test_server_and_model_state(client):
 
 
 def test_metadata(client):
-    assert client.get_server_metadata().name == "aqt_server"
+    server = client.get_server_metadata()
+    assert server.name == "aqt_server"
+    assert "system_shared_memory" in server.extensions
     metadata = client.get_model_metadata(MODEL)
     assert list(metadata.versions) == ["1", "2", "10"]
     (x,), (y,) = metadata.inputs, metadata.outputs
@@ -142,10 +131,6 @@ def _too_few_elements(request):
     request.inputs[0].contents.fp32_contents.extend([0.0] * 3)
 
 
-def _shared_memory(request):
-    request.inputs[0].parameters["shared_memory_region"].string_param = "region"
-
-
 INVALID, MISSING = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
 WRONG_REQUESTS = {
     "model": (lambda r: setattr(r, "model_name", "nope"), MISSING, "no model 'nope'.*'linear'"),
@@ -167,7 +152,6 @@ WRONG_REQUESTS = {
     "wrong field": (_wrong_field, INVALID, "int_contents"),
     "too few elements": (_too_few_elements, INVALID, "got 3"),
     "output": (lambda r: r.outputs.add(name="z"), INVALID, "no output 'z'.*'y'"),
-    "shared memory": (_shared_memory, grpc.StatusCode.UNIMPLEMENTED, "shared_memory_region"),
 }
 
 
@@ -198,12 +182,6 @@ def test_metadata_of_an_unknown_model(stub):
     with pytest.raises(grpc.RpcError, match="no model 'nope'") as raised:
         stub.ModelMetadata(pb.ModelMetadataRequest(name="nope"))
     assert raised.value.code() is MISSING
-
-
-def test_an_rpc_that_the_server_does_not_have(stub):
-    with pytest.raises(grpc.RpcError) as raised:
-        stub.ModelStatistics(pb.ModelStatisticsRequest())
-    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_reflection_describes_every_service(server):

@@ -1,0 +1,172 @@
+"""The RPCs that say how the server is doing and change what it does, beside inference itself."""
+
+from aqt_protos import open_inference_pb2 as pb
+from aqt_protos import open_inference_pb2_grpc as pb_grpc
+from aqt_server.errors import InvalidRequest, NotSupported
+from aqt_server.logs import LogSettings
+from aqt_server.model_config import model_config, model_statistics
+from aqt_server.repository import Repository, State
+from aqt_server.rpc import Context, answered
+from aqt_server.shared_memory import Regions
+from aqt_server.tracing import Tracer
+
+_NO_CUDA = (
+    "this server has no CUDA shared memory: use system shared memory, or send tensors in the "
+    "messages"
+)
+
+
+class Administration(pb_grpc.GRPCInferenceServiceServicer):
+    """Model control, configuration, statistics, shared memory, trace and log settings."""
+
+    def __init__(
+        self, *, repository: Repository, regions: Regions, tracer: Tracer, logs: LogSettings
+    ):
+        self._repository = repository
+        self._regions = regions
+        self._tracer = tracer
+        self._logs = logs
+
+    @answered
+    async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context):
+        """How a version is served."""
+        servable = self._repository.get(request.name, request.version)
+        return pb.ModelConfigResponse(config=model_config(servable))
+
+    @answered
+    async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Context):
+        """Counts and durations of a version, of all of a model's, or of all."""
+        if request.name:
+            # For its error, if there is none of that name or number.
+            self._repository.get(request.name, request.version)
+        return pb.ModelStatisticsResponse(
+            model_stats=[
+                model_statistics(servable)
+                for servable in self._repository.ready()
+                if request.name in ("", servable.name)
+                and request.version in ("", str(servable.version))
+            ]
+        )
+
+    @answered
+    async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context):
+        """Every version and its state."""
+        _check_repository(request.repository_name)
+        return pb.RepositoryIndexResponse(
+            models=[
+                pb.RepositoryIndexResponse.ModelIndex(
+                    name=listed.name,
+                    version=str(listed.version),
+                    state=listed.state,
+                    reason=listed.reason,
+                )
+                for listed in await self._repository.index()
+                if listed.state is State.READY or not request.ready
+            ]
+        )
+
+    @answered
+    async def RepositoryModelLoad(self, request: pb.RepositoryModelLoadRequest, context: Context):
+        """Loads a model's versions, and answers when they are ready or refused."""
+        _check_repository(request.repository_name)
+        overrides = [p for p in request.parameters if p == "config" or p.startswith("file:")]
+        if overrides:
+            raise NotSupported(
+                f"a bundle is served as it was converted, and {overrides[0]!r} would change it: "
+                f"convert it again, and load it without"
+            )
+        await self._repository.load(request.model_name)
+        return pb.RepositoryModelLoadResponse()
+
+    @answered
+    async def RepositoryModelUnload(
+        self, request: pb.RepositoryModelUnloadRequest, context: Context
+    ):
+        """Unloads a model, and answers when its accepted requests are answered."""
+        _check_repository(request.repository_name)
+        await self._repository.unload(request.model_name)
+        return pb.RepositoryModelUnloadResponse()
+
+    @answered
+    async def SystemSharedMemoryStatus(
+        self, request: pb.SystemSharedMemoryStatusRequest, context: Context
+    ):
+        """The registered regions, or one of them."""
+        status = pb.SystemSharedMemoryStatusResponse.RegionStatus
+        return pb.SystemSharedMemoryStatusResponse(
+            regions={
+                region.name: status(
+                    name=region.name,
+                    key=region.key,
+                    offset=region.offset,
+                    byte_size=region.nbytes,
+                )
+                for region in self._regions.registered(request.name)
+            }
+        )
+
+    @answered
+    async def SystemSharedMemoryRegister(
+        self, request: pb.SystemSharedMemoryRegisterRequest, context: Context
+    ):
+        """Makes part of a shared memory object known under a name."""
+        self._regions.register(
+            name=request.name, key=request.key, offset=request.offset, nbytes=request.byte_size
+        )
+        return pb.SystemSharedMemoryRegisterResponse()
+
+    @answered
+    async def SystemSharedMemoryUnregister(
+        self, request: pb.SystemSharedMemoryUnregisterRequest, context: Context
+    ):
+        """Forgets a region, or all of them; requests that use it now may finish."""
+        self._regions.unregister(request.name)
+        return pb.SystemSharedMemoryUnregisterResponse()
+
+    @answered
+    async def CudaSharedMemoryStatus(
+        self, request: pb.CudaSharedMemoryStatusRequest, context: Context
+    ) -> pb.CudaSharedMemoryStatusResponse:
+        """UNIMPLEMENTED."""
+        raise NotSupported(_NO_CUDA)
+
+    @answered
+    async def CudaSharedMemoryRegister(
+        self, request: pb.CudaSharedMemoryRegisterRequest, context: Context
+    ) -> pb.CudaSharedMemoryRegisterResponse:
+        """UNIMPLEMENTED."""
+        raise NotSupported(_NO_CUDA)
+
+    @answered
+    async def CudaSharedMemoryUnregister(
+        self, request: pb.CudaSharedMemoryUnregisterRequest, context: Context
+    ) -> pb.CudaSharedMemoryUnregisterResponse:
+        """UNIMPLEMENTED."""
+        raise NotSupported(_NO_CUDA)
+
+    @answered
+    async def TraceSetting(self, request: pb.TraceSettingRequest, context: Context):
+        """Changes which requests are traced, and answers what holds then."""
+        if request.model_name:
+            self._repository.get(request.model_name, "")
+        settings = {name: list(value.value) for name, value in request.settings.items()}
+        if settings:
+            self._tracer.update(request.model_name, settings)
+        rules = self._tracer.rules(request.model_name)
+        response = pb.TraceSettingResponse()
+        for name in ("trace_level", "trace_rate", "trace_count"):
+            response.settings[name].value.append(getattr(rules, name))
+        return response
+
+    @answered
+    async def LogSettings(self, request: pb.LogSettingsRequest, context: Context):
+        """Changes what is logged, and answers what holds then."""
+        self._logs.update(request)
+        return self._logs.describe()
+
+
+def _check_repository(name: str) -> None:
+    if name:
+        raise InvalidRequest(
+            f"this server has one model repository, and {name!r} names one: leave its name empty"
+        )

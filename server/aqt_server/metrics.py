@@ -1,0 +1,175 @@
+"""Prometheus metrics over HTTP, at /metrics.
+
+Names are Triton's with `aqt` for `nv`, counters with Prometheus's `_total` after them; durations
+add up microseconds, as there.
+"""
+
+import asyncio
+import collections
+from collections.abc import Callable, Iterable, Sequence
+from wsgiref.simple_server import WSGIServer
+
+import jax
+import prometheus_client
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from aqt_server.repository import Repository, Servable, State
+from aqt_server.statistics import Statistics
+
+_VERSION = ("model", "version")
+_WAIT_S = 5.0
+_EVENTS = {
+    "/jax/compilation_cache/cache_hits": "hits",
+    "/jax/compilation_cache/cache_misses": "misses",
+}
+
+_COUNTERS: dict[str, tuple[str, Callable[[Statistics], float]]] = {
+    "inference_request_success": ("Requests that were answered", lambda s: s.success.count),
+    "inference_count": ("Rows of the requests that were answered", lambda s: s.rows),
+    "inference_exec_count": ("Batches that were computed", lambda s: s.executions),
+    "inference_request_duration_us": (
+        "Time from arrival to answer, of the requests that were answered",
+        lambda s: s.success.ns / 1000,
+    ),
+    "inference_queue_duration_us": ("Time in the queue", lambda s: s.queue.ns / 1000),
+    "inference_compute_input_duration_us": (
+        "Time in which batches were put together",
+        lambda s: s.requests.inputs.ns / 1000,
+    ),
+    "inference_compute_infer_duration_us": (
+        "Time in which batches were computed",
+        lambda s: s.requests.infer.ns / 1000,
+    ),
+    "inference_compute_output_duration_us": (
+        "Time in which batches were taken apart",
+        lambda s: s.requests.outputs.ns / 1000,
+    ),
+}
+_GAUGES: dict[str, tuple[str, Callable[[Servable], float]]] = {
+    "inference_pending_request_count": (
+        "Requests in the queue",
+        lambda servable: servable.batcher.pending_requests,
+    ),
+    "inference_pending_row_count": (
+        "Rows in the queue, of which --queue-rows bounds the number",
+        lambda servable: servable.batcher.pending_rows,
+    ),
+    "model_exact": (
+        "1 if the version's witness reproduced here in every bit, else 0",
+        lambda servable: servable.exact,
+    ),
+    "model_weight_bytes": (
+        "Bytes of the version's weights",
+        lambda servable: servable.manifest.nbytes,
+    ),
+}
+
+
+class _CacheEvents:
+    """How often an executable was found in the compilation cache, and how often not."""
+
+    def __init__(self):
+        self.counts = dict.fromkeys(_EVENTS.values(), 0)
+        jax.monitoring.register_event_listener(self._count)
+
+    def _count(self, event: str, **_: str | int) -> None:
+        if event in _EVENTS:
+            self.counts[_EVENTS[event]] += 1
+
+
+class _Server(Collector):
+    """Collects from the repository, in the event loop that the repository belongs to."""
+
+    def __init__(self, repository: Repository, loop: asyncio.AbstractEventLoop):
+        self._repository = repository
+        self._loop = loop
+        self._cache = _CacheEvents()
+
+    def collect(self) -> Iterable[Metric]:
+        """All metrics, as they are at one moment. Called by the threads of the HTTP server."""
+        return asyncio.run_coroutine_threadsafe(self._families(), self._loop).result(_WAIT_S)
+
+    async def _families(self) -> list[Metric]:
+        ready = self._repository.ready()
+        families: list[Metric] = []
+        for name, (meaning, value) in _COUNTERS.items():
+            counter = CounterMetricFamily(f"aqt_{name}", meaning, labels=_VERSION)
+            for servable in ready:
+                counter.add_metric(_labels(servable), value(servable.statistics))
+            families.append(counter)
+        for name, (meaning, value) in _GAUGES.items():
+            gauge = GaugeMetricFamily(f"aqt_{name}", meaning, labels=_VERSION)
+            for servable in ready:
+                gauge.add_metric(_labels(servable), value(servable))
+            families.append(gauge)
+        families += [_failures(ready), _batch_rows(ready), await self._versions()]
+        for event, count in self._cache.counts.items():
+            families.append(
+                CounterMetricFamily(
+                    f"aqt_compilation_cache_{event}",
+                    f"{event.capitalize()} of the compilation cache on disk",
+                    value=count,
+                )
+            )
+        return families
+
+    async def _versions(self) -> Metric:
+        states = collections.Counter(listed.state for listed in await self._repository.index())
+        family = GaugeMetricFamily("aqt_model_versions", "Versions by state", labels=["state"])
+        for state in State:
+            family.add_metric([state], states[state])
+        return family
+
+
+def _failures(ready: Sequence[Servable]) -> Metric:
+    family = CounterMetricFamily(
+        "aqt_inference_request_failure", "Requests that failed", labels=(*_VERSION, "reason")
+    )
+    for servable in ready:
+        for reason, failure in servable.statistics.failures.items():
+            family.add_metric([*_labels(servable), reason], failure.count)
+    return family
+
+
+def _batch_rows(ready: Sequence[Servable]) -> Metric:
+    family = HistogramMetricFamily(
+        "aqt_inference_batch_rows",
+        "Rows of the batches that were computed, by what an executable holds",
+        labels=_VERSION,
+    )
+    for servable in ready:
+        batches = [(rows, s.infer.count) for rows, s in servable.statistics.batches.items()]
+        buckets = [
+            (str(float(limit)), sum(count for rows, count in batches if rows <= limit))
+            for limit in servable.bucket_rows
+        ]
+        buckets.append(("+Inf", sum(count for _, count in batches)))
+        family.add_metric(
+            _labels(servable), buckets, sum_value=sum(rows * count for rows, count in batches)
+        )
+    return family
+
+
+def _labels(servable: Servable) -> list[str]:
+    return [servable.name, str(servable.version)]
+
+
+def serve(repository: Repository, *, host: str, port: int) -> WSGIServer:
+    """Serves the metrics of `repository`, of the running event loop, from threads of its own.
+
+    `port` 0 is any free one; the server that is returned says which, and ends with `shutdown`.
+
+    Raises:
+      OSError: the port cannot be had.
+    """
+    registry = CollectorRegistry()
+    registry.register(_Server(repository, asyncio.get_running_loop()))
+    prometheus_client.ProcessCollector(registry=registry)
+    server, _ = prometheus_client.start_http_server(port, host, registry)
+    return server
