@@ -283,14 +283,16 @@ def over(bound: jax.Array, divisor: float, factor: float | None = None) -> jax.A
     written out: one product in float32, of a bound that is rounded explicitly.
     """
     wide = jnp.promote_types(bound.dtype, jnp.float32)
-    inverse = np.asarray(1 / divisor, wide)
-    if factor is not None and bound.dtype == wide:
-        inverse = np.asarray(factor, wide) * inverse
-    elif factor is not None:
+    # XLA has no bfloat16 constants to fold: it computes with those in float32.
+    constant = wide if bound.dtype == jnp.bfloat16 else bound.dtype
+    inverse = np.asarray(1 / divisor, constant)
+    if factor is not None and bound.dtype == jnp.bfloat16:
         bound = bound * factor
+    elif factor is not None:
+        inverse = np.asarray(factor, constant) * inverse
     info = jnp.finfo(bound.dtype)
     rounded = jax.lax.reduce_precision(bound.astype(wide), info.nexp, info.nmant)
-    return (rounded * inverse).astype(bound.dtype)
+    return (rounded * inverse.astype(wide)).astype(bound.dtype)
 
 
 def reciprocal(scale: jax.Array) -> jax.Array:

@@ -42,24 +42,27 @@ class IntNumerics(Numerics):
     dtype: DTypeLike | None = None
 
     def __post_init__(self):
-        if not 1 <= self.bits <= _MAX_BITS:
-            raise ValueError(f"`bits` must be from 1 to {_MAX_BITS}, got {self.bits}")
+        if self.bits not in range(1, _MAX_BITS + 1):
+            raise ValueError(
+                f"`bits` must be from 1 to {_MAX_BITS}, got {self.bits}: give a whole number"
+            )
         if self.bits == 1 and self.preserve_zero:
             raise ValueError(
                 "one bit has no bucket left beside zero: set `preserve_zero=False` (buckets -0.5 "
                 "and 0.5), or use 2 bits"
             )
-        if self.dtype is None or not jnp.issubdtype(self.dtype, jnp.integer):
+        if self.dtype is None:
             return
-        if not (self.preserve_zero and self.round and self.clip):
+        name = jnp.dtype(self.dtype).name
+        integer = jnp.issubdtype(self.dtype, jnp.signedinteger)
+        if integer and not (self.preserve_zero and self.round and self.clip):
             raise ValueError(
-                f"`dtype={jnp.dtype(self.dtype).name}` holds whole numbers only: set "
-                f"`preserve_zero`, `round` and `clip`, or leave `dtype` None"
+                f"`dtype={name}` holds whole numbers only: set `preserve_zero`, `round` and "
+                f"`clip`, or leave `dtype` None"
             )
-        if self.clip_bound() > jnp.iinfo(self.dtype).max:
+        if not self._fits(self.dtype):
             raise ValueError(
-                f"`dtype={jnp.dtype(self.dtype).name}` cannot hold {self.bits}-bit buckets: "
-                f"use a wider dtype"
+                f"`dtype={name}` cannot hold {self.bits}-bit buckets: use a wider signed dtype"
             )
 
     def needs_key(self) -> bool:
@@ -89,6 +92,13 @@ class IntNumerics(Numerics):
     def gradient_mask(self, scaled: jax.Array) -> jax.Array | None:
         """False where `clip_gradient` is set and the value was clipped."""
         return jnp.abs(scaled) <= self.clip_bound() if self.clip_gradient else None
+
+    def _fits(self, dtype: DTypeLike) -> bool:
+        if jnp.issubdtype(dtype, jnp.signedinteger):
+            return self.clip_bound() <= jnp.iinfo(dtype).max
+        # A float holds one bit more than its mantissa; the buckets' sign is no concern of it.
+        needed = self.bits - (1 if self.preserve_zero else 0)
+        return jnp.issubdtype(dtype, jnp.floating) and needed <= jnp.finfo(dtype).nmant + 1
 
     def _last_edge(self) -> float:
         return 2.0 ** (self.bits - 1) - (0.5 if self.preserve_zero else 0.0)
