@@ -27,7 +27,7 @@ class Call:
 class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
     """`script` says what happens to the next calls: HANG or (status code, sentence)."""
 
-    def __init__(self, *, port=0, max_request_nbytes=-1):
+    def __init__(self, *, port=0, max_request_nbytes=-1, credentials=None):
         self.calls = []
         self.script = collections.deque()
         self.abandoned = threading.Event()
@@ -41,7 +41,12 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
         ]
         self._server = grpc.server(self._pool, options=options)
         pb_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        address = f"127.0.0.1:{port}"
+        self.port = (
+            self._server.add_insecure_port(address)
+            if credentials is None
+            else self._server.add_secure_port(address, credentials)
+        )
 
     @property
     def address(self):
@@ -52,6 +57,9 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
         return self
 
     def __exit__(self, *_):
+        self.stop()
+
+    def stop(self):
         assert self._server.stop(0).wait(BOUND_S)
         self._pool.shutdown()
 

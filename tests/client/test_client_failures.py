@@ -13,6 +13,7 @@ from client.fake_server import BOUND_S, FakeServer
 
 QUICK = aqt_client.RetryPolicy(initial_backoff_s=0.001, max_backoff_s=0.002)
 UNAVAILABLE = (grpc.StatusCode.UNAVAILABLE, "the model is being loaded")
+STOPPING = (grpc.StatusCode.CANCELLED, "the server stops")
 OVERLOADED = (grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 
@@ -37,7 +38,6 @@ def server():
         (grpc.StatusCode.DEADLINE_EXCEEDED, TimeoutError),
         (grpc.StatusCode.INTERNAL, aqt_client.ServerError),
         (grpc.StatusCode.UNIMPLEMENTED, aqt_client.ServerError),
-        (grpc.StatusCode.CANCELLED, aqt_client.ServerError),
         (grpc.StatusCode.FAILED_PRECONDITION, aqt_client.ServerError),
     ],
 )
@@ -53,8 +53,8 @@ def test_other_failures_are_not_repeated(server, connect, code, kind):
 
 
 @BOTH
-def test_unavailable_and_overloaded_are_repeated(server, connect):
-    server.script.extend([UNAVAILABLE, OVERLOADED, UNAVAILABLE, OVERLOADED])
+def test_unavailable_stopping_and_overloaded_are_repeated(server, connect):
+    server.script.extend([UNAVAILABLE, STOPPING, OVERLOADED, STOPPING])
     with connect(server.address, retry=QUICK) as client:
         assert client.infer("identity", {"x": X})["x"].tobytes() == X.tobytes()
     assert len({c.request.SerializeToString() for c in server.calls}) == 1
@@ -86,7 +86,11 @@ def test_grpc_itself_says_that_a_message_is_too_large(connect):
 @BOTH
 @pytest.mark.parametrize(
     ("last", "kind"),
-    [(UNAVAILABLE, aqt_client.Unavailable), (OVERLOADED, aqt_client.Overloaded)],
+    [
+        (UNAVAILABLE, aqt_client.Unavailable),
+        (STOPPING, aqt_client.Unavailable),
+        (OVERLOADED, aqt_client.Overloaded),
+    ],
 )
 def test_the_last_error_is_what_the_caller_sees(server, connect, last, kind):
     server.script.extend([OVERLOADED, UNAVAILABLE, last, UNAVAILABLE])

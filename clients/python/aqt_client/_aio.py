@@ -65,7 +65,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection; calls that still run end with an error."""
+        """Closes the connection; calls that still run are cancelled."""
         await self._channel.close()
 
     async def is_live(self) -> bool:

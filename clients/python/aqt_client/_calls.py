@@ -1,8 +1,8 @@
 """How a call is made: its message limits, its deadline and its retries.
 
 A call has one deadline, which all of its attempts share. An attempt is repeated only when the
-server cannot be reached or is overloaded; inference is a pure function, so an attempt that did
-reach the server does no harm when it is repeated.
+server cannot be reached, stops, or is overloaded; inference is a pure function, so an attempt that
+did reach the server does no harm when it is repeated.
 """
 
 import dataclasses

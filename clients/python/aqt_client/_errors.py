@@ -4,13 +4,15 @@
     ├── InvalidRequest    INVALID_ARGUMENT, OUT_OF_RANGE    the request is wrong (a ValueError)
     ├── NotFound          NOT_FOUND                         no such model or version
     ├── AccessDenied      UNAUTHENTICATED, PERMISSION_DENIED
-    ├── Unavailable       UNAVAILABLE                       retried
+    ├── Unavailable       UNAVAILABLE, CANCELLED            retried
     ├── Overloaded        RESOURCE_EXHAUSTED                retried
     ├── MessageTooLarge   RESOURCE_EXHAUSTED                from gRPC itself
     ├── DeadlineExceeded  DEADLINE_EXCEEDED                 no answer in time (a TimeoutError)
     └── ServerError       every other code, and answers that break the protocol
 
-Arguments that cannot be sent at all are plain ValueErrors, raised before anything is sent.
+Arguments that cannot be sent at all are plain ValueErrors, raised before anything is sent. A call
+that its caller cancels ends as asyncio's cancellation does; one that `Client.close` cuts off, as a
+plain ClientError.
 """
 
 from typing import cast
@@ -71,6 +73,8 @@ _BY_CODE: dict[grpc.StatusCode, type[ClientError]] = {
     grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
     grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
+    # What a server that stops answers to requests that arrive at that moment.
+    grpc.StatusCode.CANCELLED: Unavailable,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
 }

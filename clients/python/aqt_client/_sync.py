@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from aqt_client import _codec
 from aqt_client._calls import CHANNEL_OPTIONS, Deadline, RetryPolicy, retry_arguments
+from aqt_client._errors import ClientError
 from aqt_client._results import InferResult, ModelMetadata, ServerMetadata
 from aqt_protos import open_inference_pb2 as pb
 from aqt_protos import open_inference_pb2_grpc as pb_grpc
@@ -39,6 +40,7 @@ class Client:
     ):
         self._timeout_s = timeout_s
         self._retry = retry
+        self._closed = False
         self._channel = (
             grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
             if credentials is None
@@ -59,6 +61,7 @@ class Client:
 
     def close(self) -> None:
         """Closes the connection; calls that still run end with an error."""
+        self._closed = True
         self._channel.close()
 
     def is_live(self) -> bool:
@@ -126,6 +129,10 @@ class Client:
             try:
                 return method(request, timeout=deadline.remaining_s())
             except grpc.RpcError as error:
+                if self._closed:
+                    raise ClientError(
+                        "the client was closed while the call ran", code=grpc.StatusCode.CANCELLED
+                    ) from error
                 raise deadline.error(error) from error
 
         return tenacity.Retrying(**retry_arguments(self._retry, deadline))(attempt)
