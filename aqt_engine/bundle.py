@@ -20,14 +20,16 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pydantic
 from jax import export
+from pydantic import AfterValidator, ConfigDict, Field
 
 FORMAT_VERSION = 1
 BATCH = "batch"
@@ -45,6 +47,28 @@ class BundleError(ValueError):
     """A bundle cannot be read: it is missing, damaged, changed, or of another format."""
 
 
+def _known_dtype(name: str) -> str:
+    try:
+        np.dtype(name)
+    except TypeError as error:
+        raise ValueError(f"{name!r} is no dtype") from error
+    return name
+
+
+Role = Literal["qvalue", "scale", "bias", "float"]
+
+
+def _rows_first(shape: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    if shape[:1] != ("batch",) or "batch" in shape[1:]:
+        raise ValueError("a shape begins with 'batch', and has sizes after that")
+    return shape
+
+
+_STRICT = ConfigDict(strict=True, extra="forbid")
+_Size = Annotated[int, Field(ge=0)]
+_DtypeName = Annotated[str, AfterValidator(_known_dtype)]
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
     """Name, dtype and shape of one input or output.
@@ -52,9 +76,11 @@ class TensorSpec:
     `dtype` is a numpy name ("float32", "bfloat16", "int32", "bool"). `shape` begins with `BATCH`.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
     name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+    dtype: _DtypeName
+    shape: Annotated[tuple[Literal["batch"] | _Size, ...], AfterValidator(_rows_first)]
 
     def with_rows(self, rows: int) -> jax.ShapeDtypeStruct:
         """The concrete shape and dtype of `rows` rows."""
@@ -69,10 +95,12 @@ class WeightSpec:
     `role` is "qvalue", "scale" or "bias" for a part of a quantized weight, "float" for the rest.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
     name: str
-    dtype: str
-    shape: tuple[int, ...]
-    role: str
+    dtype: _DtypeName
+    shape: tuple[_Size, ...]
+    role: Role
 
     @property
     def bits(self) -> int:
@@ -90,8 +118,10 @@ class WeightSpec:
 class FileDigest:
     """What a file of the bundle must be: its sha256 (hex) and its size in bytes."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
     sha256: str
-    nbytes: int
+    nbytes: _Size
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +133,13 @@ class Manifest:
     conversion.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    tile: int
+    tile: _Size
     weights: tuple[WeightSpec, ...]
-    float_nbytes: int
+    float_nbytes: _Size
     platforms: tuple[str, ...]
     tools: Mapping[str, str]
     files: Mapping[str, FileDigest]
@@ -116,6 +148,9 @@ class Manifest:
     def nbytes(self) -> int:
         """Bytes of the weights in memory."""
         return sum(w.nbytes for w in self.weights)
+
+
+_ManifestForm = pydantic.TypeAdapter(Manifest)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +182,7 @@ def write(
     outputs: tuple[TensorSpec, ...],
     tile: int,
     weights: Mapping[str, np.ndarray[Any, Any]],
-    roles: Mapping[str, str],
+    roles: Mapping[str, Role],
     float_nbytes: int,
     tools: Mapping[str, str],
     witness: Witness,
@@ -220,7 +255,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     try:
         document = json.loads(text)
         version = document["format_version"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise BundleError(f"{file} is damaged: it is no JSON manifest; convert again") from error
     if version != FORMAT_VERSION:
         raise BundleError(
@@ -233,7 +268,16 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
             f"{file} was changed after conversion: its digest does not fit its content; "
             f"convert again"
         )
-    return _parse(document)
+    del document["format_version"]
+    try:
+        return _ManifestForm.validate_json(json.dumps(document))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(
+            f"{file} is no manifest of format {FORMAT_VERSION}: {where}: {first['msg']}; "
+            f"convert again"
+        ) from error
 
 
 def load(path: str | os.PathLike[str]) -> Bundle:
@@ -248,22 +292,19 @@ def load(path: str | os.PathLike[str]) -> Bundle:
     try:
         graph = export.deserialize(bytearray((root / _GRAPH).read_bytes()))
         weights = _load_arrays(root / _WEIGHTS)
-        witness = _load_arrays(root / _WITNESS)
+        arrays = _load_arrays(root / _WITNESS)
+        witness = Witness(
+            inputs={spec.name: arrays[f"inputs/{spec.name}"] for spec in manifest.inputs},
+            outputs={spec.name: arrays[f"outputs/{spec.name}"] for spec in manifest.outputs},
+        )
         ordered = tuple(weights[spec.name] for spec in manifest.weights)
     except Exception as error:
         raise BundleError(
             f"{root} has the right digests but cannot be decoded by jax {jax.__version__} "
             f"(it was written with {dict(manifest.tools)}): {error}"
         ) from error
-    return Bundle(
-        manifest=manifest,
-        graph=graph,
-        weights=ordered,
-        witness=Witness(
-            inputs={spec.name: witness[f"inputs/{spec.name}"] for spec in manifest.inputs},
-            outputs={spec.name: witness[f"outputs/{spec.name}"] for spec in manifest.outputs},
-        ),
-    )
+    _check_graph(root, manifest, graph)
+    return Bundle(manifest=manifest, graph=graph, weights=ordered, witness=witness)
 
 
 def _save_arrays(path: Path, arrays: Arrays) -> None:
@@ -280,7 +321,8 @@ def _files(root: Path) -> list[str]:
     return sorted(
         file.relative_to(root).as_posix()
         for file in root.rglob("*")
-        if not file.is_dir() and file != root / _MANIFEST
+        # A link is no directory of ours, whatever it leads to.
+        if (file.is_symlink() or not file.is_dir()) and file != root / _MANIFEST
     )
 
 
@@ -295,7 +337,11 @@ def _check_files(root: Path, manifest: Manifest) -> None:
     wrong = [f"{name} is missing" for name in sorted(set(manifest.files) - present)]
     wrong += [f"{name} is not listed" for name in sorted(present - set(manifest.files))]
     for name in sorted(present & set(manifest.files)):
-        expected, found = manifest.files[name], _digest(root / name)
+        try:
+            expected, found = manifest.files[name], _digest(root / name)
+        except OSError as error:
+            wrong.append(f"{name} cannot be read ({error.strerror})")
+            continue
         if found.nbytes != expected.nbytes:
             wrong.append(f"{name} has {found.nbytes} bytes instead of {expected.nbytes}")
         elif found != expected:
@@ -304,6 +350,21 @@ def _check_files(root: Path, manifest: Manifest) -> None:
         raise BundleError(
             f"{root} does not match its manifest: {'; '.join(wrong)}; copy it again from its "
             f"source or convert again"
+        )
+
+
+def _check_graph(root: Path, manifest: Manifest, graph: export.Exported) -> None:
+    def described(shape: Sequence[Any], dtype: Any) -> str:
+        return f"{np.dtype(dtype).name}{list(shape)}"
+
+    rows = [spec.with_rows(manifest.tile) for spec in (*manifest.inputs, *manifest.outputs)]
+    stated = [described(w.shape, w.dtype) for w in manifest.weights]
+    stated += [described(spec.shape, spec.dtype) for spec in rows]
+    computed = [described(a.shape, a.dtype) for a in (*graph.in_avals, *graph.out_avals)]
+    if stated != computed or len(manifest.outputs) != len(graph.out_avals):
+        raise BundleError(
+            f"{root} states weights, inputs and outputs {stated} at its tile, and its graph has "
+            f"{computed}: convert again"
         )
 
 
@@ -317,24 +378,6 @@ def _dump(manifest: Manifest) -> str:
 def _canonical_digest(document: Mapping[str, Any]) -> str:
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _parse(document: Mapping[str, Any]) -> Manifest:
-    fields = dict(document)
-    fields.pop("format_version")
-    for side in ("inputs", "outputs"):
-        fields[side] = tuple(
-            TensorSpec(name=t["name"], dtype=t["dtype"], shape=tuple(t["shape"]))
-            for t in fields[side]
-        )
-    fields["weights"] = tuple(
-        WeightSpec(name=w["name"], dtype=w["dtype"], shape=tuple(w["shape"]), role=w["role"])
-        for w in fields["weights"]
-    )
-    fields["platforms"] = tuple(fields["platforms"])
-    files = cast(Mapping[str, Mapping[str, Any]], fields["files"])
-    fields["files"] = {name: FileDigest(**file) for name, file in files.items()}
-    return Manifest(**fields)
 
 
 def _sync(root: Path) -> None:

@@ -242,7 +242,8 @@ class MinMaxCalibration(Calibration):
 
 def ceil_to_power_of_two(scale: jax.Array) -> jax.Array:
     """The smallest power of two that is not below `scale`, elementwise."""
-    return 1 / 2 ** jnp.floor(jnp.log2(1 / scale))
+    mantissa, exponent = jnp.frexp(scale)
+    return jnp.ldexp(jnp.ones_like(scale), jnp.where(mantissa == 0.5, exponent - 1, exponent))
 
 
 def _search(

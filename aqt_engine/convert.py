@@ -254,7 +254,7 @@ def _stored(model: ModelFactory, variables: Variables, inputs: Arrays) -> Mappin
 class _Leaf:
     name: str
     value: jax.Array
-    role: str
+    role: bundle.Role
 
 
 def _leaves(variables: Variables) -> list[_Leaf]:

@@ -179,7 +179,9 @@ class Sharded:
         return config.config_v4(drhs_bits=8, dlhs_local_aqt=local, drhs_local_aqt=local)
 
     def theirs(self):
-        local = aqtp_config.LocalAqt(contraction_axis_shard_count=2, contraction_axis_shard_size=2)
+        local = aqtp_config.LocalAqt(
+            contraction_axis_shard_count=2, contraction_axis_shard_size=None
+        )
         return aqtp_config.config_v4(drhs_bits=8, dlhs_local_aqt=local, drhs_local_aqt=local)
 
 

@@ -165,20 +165,19 @@ def keeps_the_form(*where, value):
     return False
 
 
-@pytest.mark.xfail(reason="the fields of a manifest are not checked when it is parsed")
 def test_a_signed_manifest_of_another_form_is_refused(own):
     """Another program, or a hand, may have signed it: a digest says nothing of the form."""
     document = json.loads((own / "manifest.json").read_text())
-    outcomes = {
-        place: loaded_with(own, changed)
+    outcomes = [
+        (place, loaded_with(own, changed))
         for place, changed in edits(document)
         if place[0] not in ("digest", "format_version")
         and not keeps_the_form(*place[:-1], value=place[-1])
-    }
-    assert {place: outcome for place, outcome in outcomes.items() if outcome != "refused"} == {}
+    ]
+    assert len(outcomes) > 100
+    assert [(place, outcome) for place, outcome in outcomes if outcome != "refused"] == []
 
 
-@pytest.mark.xfail(reason="json raises RecursionError, which is no ValueError")
 def test_a_manifest_of_nothing_but_brackets_is_refused(own):
     (own / "manifest.json").write_text("[" * 100_000)
     refusal(own, "manifest.json")
