@@ -154,7 +154,8 @@ def _shown(name: str) -> Path | str:
 @contextlib.contextmanager
 def _server(repository: Path) -> Iterator[str]:
     """A server process of its own, on a free port; gives its address."""
-    command = [_command("aqt"), "serve", "--model-repository", repository, "--port", "0"]
+    command = [_command("aqt"), "serve", "--model-repository", repository]
+    command += ["--port", "0", "--metrics-port", "0"]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         try:

@@ -5,6 +5,54 @@ import dataclasses
 import hypothesis.strategies as st
 import numpy as np
 
+# Left shape, right shape, dimension numbers: every kind of axis, in and out of order.
+CONTRACTIONS = [
+    ((5, 7), (7, 3), (((1,), (0,)), ((), ()))),
+    ((5, 7), (3, 7), (((1,), (1,)), ((), ()))),
+    ((7, 5), (3, 7), (((0,), (1,)), ((), ()))),
+    ((6, 129), (129, 5), (((1,), (0,)), ((), ()))),
+    ((7,), (7,), (((0,), (0,)), ((), ()))),
+    ((1, 7), (7, 1), (((1,), (0,)), ((), ()))),
+    ((5, 1), (1, 3), (((1,), (0,)), ((), ()))),
+    ((4, 5, 7), (4, 7, 3), (((2,), (1,)), ((0,), (0,)))),
+    ((2, 3, 5, 4), (2, 6, 3, 4), (((3,), (3,)), ((0, 1), (0, 2)))),
+    ((5, 3, 4, 2), (4, 2, 6, 3), (((3,), (1,)), ((1, 2), (3, 0)))),
+    ((3, 4, 5), (5, 4, 2), (((1, 2), (1, 0)), ((), ()))),
+    ((2, 3, 4, 5), (5, 6, 3, 2), (((1, 0, 3), (2, 3, 0)), ((), ()))),
+    ((4, 3, 5, 2), (2, 5, 4, 3), (((2, 3), (1, 0)), ((0, 1), (2, 3)))),
+]
+MATMUL = CONTRACTIONS[0]
+
+
+def equation(dimension_numbers, lhs_ndim, rhs_ndim):
+    """The einsum letters of a `dot_general`: of its left, its right and its output."""
+    (lc, rc), (lb, rb) = dimension_numbers
+    lhs = dict(zip((*lb, *lc), "abcdefghijk", strict=False))
+    rhs = dict(zip((*rb, *rc), "abcdefghijk", strict=False))
+    lhs_rest = [a for a in range(lhs_ndim) if a not in lhs]
+    rhs_rest = [a for a in range(rhs_ndim) if a not in rhs]
+    lhs |= dict(zip(lhs_rest, "lmnop", strict=False))
+    rhs |= dict(zip(rhs_rest, "rstuv", strict=False))
+    out = [lhs[a] for a in (*lb, *lhs_rest)] + [rhs[a] for a in rhs_rest]
+    return (
+        "".join(lhs[a] for a in range(lhs_ndim)),
+        "".join(rhs[a] for a in range(rhs_ndim)),
+        "".join(out),
+    )
+
+
+def output_shape(lhs, rhs, dimension_numbers):
+    left, right, out = equation(dimension_numbers, len(lhs), len(rhs))
+    sizes = dict(zip(left, lhs, strict=True)) | dict(zip(right, rhs, strict=True))
+    return tuple(sizes[c] for c in out)
+
+
+def values(rng, shape, dtype=np.float32):
+    """Normal or long-tailed, with or without zeros; float16 ends at 65504."""
+    x = rng.normal(size=shape) * np.exp(rng.choice([0.0, 1.0, 4.0]) * rng.normal(size=shape))
+    x = np.where(rng.uniform(size=shape) < rng.choice([0.0, 0.3, 0.9]), 0, x)
+    return np.clip(x, -1e4, 1e4).astype(dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:

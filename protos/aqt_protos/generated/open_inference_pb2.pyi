@@ -713,7 +713,7 @@ class ModelStreamInferResponse(_message.Message):
     """Empty: the request succeeded."""
     @_builtins.property
     def infer_response(self) -> Global___ModelInferResponse:
-        """With an error, holds at most the request's id."""
+        """With an error, holds the request's id and the parameter `aqt_status`."""
 
     def __init__(
         self,

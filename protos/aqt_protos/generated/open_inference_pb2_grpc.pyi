@@ -47,7 +47,7 @@ class GRPCInferenceServiceStub:
     """The names, datatypes and shapes of a model's inputs and outputs."""
     ModelInfer: _grpc.UnaryUnaryMultiCallable[_open_inference_pb2.ModelInferRequest, _open_inference_pb2.ModelInferResponse]
     ModelStreamInfer: _grpc.StreamStreamMultiCallable[_open_inference_pb2.ModelInferRequest, _open_inference_pb2.ModelStreamInferResponse]
-    """Many requests over one stream; each is answered, in any order, under the id it came with."""
+    """Many requests over one stream; each is answered, in the order of the requests."""
     ModelConfig: _grpc.UnaryUnaryMultiCallable[_open_inference_pb2.ModelConfigRequest, _open_inference_pb2.ModelConfigResponse]
     ModelStatistics: _grpc.UnaryUnaryMultiCallable[_open_inference_pb2.ModelStatisticsRequest, _open_inference_pb2.ModelStatisticsResponse]
     """Counts and durations since a version was loaded."""
@@ -78,7 +78,7 @@ class GRPCInferenceServiceAsyncStub(GRPCInferenceServiceStub):
     """The names, datatypes and shapes of a model's inputs and outputs."""
     ModelInfer: _aio.UnaryUnaryMultiCallable[_open_inference_pb2.ModelInferRequest, _open_inference_pb2.ModelInferResponse]  # type: ignore[assignment]
     ModelStreamInfer: _aio.StreamStreamMultiCallable[_open_inference_pb2.ModelInferRequest, _open_inference_pb2.ModelStreamInferResponse]  # type: ignore[assignment]
-    """Many requests over one stream; each is answered, in any order, under the id it came with."""
+    """Many requests over one stream; each is answered, in the order of the requests."""
     ModelConfig: _aio.UnaryUnaryMultiCallable[_open_inference_pb2.ModelConfigRequest, _open_inference_pb2.ModelConfigResponse]  # type: ignore[assignment]
     ModelStatistics: _aio.UnaryUnaryMultiCallable[_open_inference_pb2.ModelStatisticsRequest, _open_inference_pb2.ModelStatisticsResponse]  # type: ignore[assignment]
     """Counts and durations since a version was loaded."""
@@ -141,7 +141,7 @@ class GRPCInferenceServiceServicer:
         request_iterator: _MaybeAsyncIterator[_open_inference_pb2.ModelInferRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_open_inference_pb2.ModelStreamInferResponse], _abc.AsyncIterator[_open_inference_pb2.ModelStreamInferResponse]]:
-        """Many requests over one stream; each is answered, in any order, under the id it came with."""
+        """Many requests over one stream; each is answered, in the order of the requests."""
 
     def ModelConfig(
         self,

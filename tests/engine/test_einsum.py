@@ -1,0 +1,95 @@
+"""`einsum`: equations of two operands against NumPy's, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aqt_engine import DotGeneral, config, einsum
+from engine.contractions import assert_same_bits
+
+EQUATIONS = [
+    ("ab,bc->ac", (3, 4), (4, 5)),
+    ("ab,bc->ca", (3, 4), (4, 5)),
+    ("ab,cb->ac", (3, 4), (5, 4)),
+    ("ab,bc", (3, 4), (4, 5)),
+    ("bac,bcd->bad", (2, 3, 4), (2, 4, 5)),
+    ("btnh,bsnh->bnts", (2, 3, 4, 5), (2, 6, 4, 5)),
+    ("bnts,bsnh->btnh", (2, 4, 3, 6), (2, 6, 4, 5)),
+    ("...d,df->...f", (2, 3, 4), (4, 5)),
+    ("...ij,...jk->...ik", (2, 3, 4), (2, 4, 5)),
+    ("a,b->ab", (3,), (4,)),
+    ("ab,ab->ab", (3, 4), (3, 4)),
+    ("ab,ab->", (3, 4), (3, 4)),
+    ("ab,bc->a", (3, 4), (4, 5)),
+    ("ab,bc->c", (3, 4), (4, 5)),
+    ("aab,bc->ac", (3, 3, 4), (4, 5)),
+    ("abc,cdd->abd", (2, 3, 4), (4, 5, 5)),
+    (" a b , b c -> a c ", (3, 4), (4, 5)),
+]
+
+
+def operands(lhs, rhs, seed=0):
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.normal(size=s), np.float32) for s in (lhs, rhs))
+
+
+@pytest.mark.parametrize(("equation", "lhs", "rhs"), EQUATIONS)
+def test_in_float_it_is_numpys(equation, lhs, rhs):
+    a, b = operands(lhs, rhs)
+    found = einsum(equation, a, b, config=DotGeneral())
+    expected = np.einsum(equation, a, b)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("equation", "lhs", "rhs"), EQUATIONS)
+def test_quantized_it_is_near_and_its_gradients_pass_straight_through(equation, lhs, rhs):
+    a, b = operands(lhs, rhs)
+    c = config.config_v4(8, None, None)
+    out, vjp = jax.vjp(lambda a, b: einsum(equation, a, b, config=c), a, b)
+    exact, exact_vjp = jax.vjp(lambda a, b: jnp.einsum(equation, a, b), a, b)
+    # A sum whose terms cancel is small, and its error is not: it is that of the terms.
+    terms = np.linalg.norm(np.einsum(equation, np.abs(a), np.abs(b)))
+    assert 0 < np.linalg.norm(out - exact) < 0.02 * terms
+    for found, expected in zip(vjp(jnp.cos(exact)), exact_vjp(jnp.cos(exact)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_each_side_keeps_its_own_configuration_when_the_operands_change_places():
+    a, b = operands((3, 64), (64, 5))
+    c = config.DotGeneral(fwd=config.raw(config.int_tensor(8), config.int_tensor(2)))
+    straight = einsum("ab,bc->ac", a, b, config=c)
+    swapped = einsum("ab,bc->ca", a, b, config=c)
+    # The scales are multiplied in the order of the contraction, which changes the last bit.
+    np.testing.assert_allclose(swapped.T, straight, rtol=1e-6)
+    other = einsum("ab,bc->ac", a, b, config=c.swapped())
+    assert np.abs(other - straight).max() > 0.1
+
+
+def test_a_stored_operand_gives_the_same_bits():
+    a, b = operands((3, 4), (4, 5))
+    c = config.config_v4(8, None, None)
+    stored, _ = c.fwd.rhs.quantizer(None).quant(b, calibration_axes=0)
+    for equation in ("ab,bc->ac", "ab,bc->ca"):
+        assert_same_bits(einsum(equation, a, stored, config=c), einsum(equation, a, b, config=c))
+    with pytest.raises(ValueError, match="cannot be summed"):
+        einsum("ab,bc->a", a, stored, config=c)
+
+
+@pytest.mark.parametrize(
+    ("equation", "message"),
+    [
+        ("ab,bc,cd->ad", "two operands"),
+        ("ab->ba", "two operands"),
+        ("ab,bc->ad", "must name letters of the operands"),
+        ("ab,bc->aa", "each once"),
+        ("abc,bc->a", "does not fit"),
+        ("a.b,bc->ac", "dots|does not fit"),
+        ("a1,bc->ac", "two operands"),
+    ],
+)
+def test_other_equations_are_refused(equation, message):
+    a, b = operands((3, 4), (4, 5))
+    with pytest.raises(ValueError, match=message):
+        einsum(equation, a, b, config=DotGeneral())
