@@ -76,21 +76,19 @@ class AqtDotGeneral(nn.Module):
                 precision=precision,
                 preferred_element_type=preferred_element_type,
             )
-        name = self.prng_name
-        key = self.make_rng(name) if name is not None and self.has_rng(name) else None
         call = self.calls.next()
         axes = DotAxes.parse(dimension_numbers, lhs.ndim, rhs.ndim)
-        left, left_scale = self._side(
+        left, left_scale = self.side(
             self.lhs_quant_mode,
-            _numbered(self.lhs_var_name, call),
+            numbered(self.lhs_var_name, call),
             lhs,
             self.config.fwd.lhs,
             (axes.lhs_contracting, axes.lhs_batch),
             functools.partial(quantize_lhs, lhs, rhs.ndim, dimension_numbers, config=self.config),
         )
-        right, right_scale = self._side(
+        right, right_scale = self.side(
             self.rhs_quant_mode,
-            _numbered(self.rhs_var_name, call),
+            numbered(self.rhs_var_name, call),
             rhs,
             self.config.fwd.rhs,
             (axes.rhs_contracting, axes.rhs_batch),
@@ -102,12 +100,17 @@ class AqtDotGeneral(nn.Module):
             dimension_numbers,
             precision=precision,
             preferred_element_type=preferred_element_type,
-            context=Context(key=key),
+            context=Context(key=self.key()),
             lhs_scale=left_scale,
             rhs_scale=right_scale,
         )
 
-    def _side(
+    def key(self) -> jax.Array | None:
+        """A fresh key of the stream `prng_name`, if the caller gave one."""
+        name = self.prng_name
+        return self.make_rng(name) if name is not None and self.has_rng(name) else None
+
+    def side(
         self,
         mode: QuantMode,
         name: str,
@@ -214,7 +217,8 @@ class _Calls:
         return self._count - 1
 
 
-def _numbered(name: str, call: int) -> str:
+def numbered(name: str, call: int) -> str:
+    """The name under which the `call`-th call of a module stores."""
     return name if call == 0 else f"{name}_{call}"
 
 

@@ -80,7 +80,7 @@ def dot_general(
     precision = lax.Precision.DEFAULT if precision is None else precision
     stored = isinstance(lhs, QTensor) or isinstance(rhs, QTensor)
     contraction = _contract_stored if stored else _dot_general
-    given = _Given(context.key, lhs_scale, rhs_scale)
+    given = Given(context.key, lhs_scale, rhs_scale)
     out = cast(jax.Array, contraction(config, axes, precision, lhs, rhs, given))
     if sharded:
         out = jnp.sum(out, axis=0)
@@ -119,7 +119,7 @@ def quantize_rhs(
     jax.tree_util.register_dataclass, data_fields=["key", "lhs_scale", "rhs_scale"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Given:
+class Given:
     """What a contraction is given beside its operands, and no gradient flows into."""
 
     key: _Key
@@ -134,7 +134,7 @@ def _contract_stored(
     precision: lax.PrecisionLike,
     lhs: Operand,
     rhs: Operand,
-    given: _Given,
+    given: Given,
 ) -> jax.Array:
     raw = config.fwd
     lhs_key, rhs_key = split_key(split_key(given.key, 3)[0], 2)
@@ -169,7 +169,7 @@ def _dot_general(
     precision: lax.PrecisionLike,
     lhs: jax.Array,
     rhs: jax.Array,
-    given: _Given,
+    given: Given,
 ) -> jax.Array:
     return _forward(config, axes, precision, lhs, rhs, given)[0]
 
@@ -184,7 +184,7 @@ def _forward(
     precision: lax.PrecisionLike,
     lhs: jax.Array,
     rhs: jax.Array,
-    given: _Given,
+    given: Given,
 ) -> tuple[jax.Array, tuple[_Residual, _Residual, _Key, _Key]]:
     fwd_key, dlhs_key, drhs_key = split_key(given.key, 3)
     lhs_key, rhs_key = split_key(fwd_key, 2)

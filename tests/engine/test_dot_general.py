@@ -121,6 +121,7 @@ def test_clip_gradient_stops_gradients_of_clipped_values():
     assert (np.asarray(dlhs)[~largest] != 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["jit", "vmap", "scan", "remat"])
 def test_value_and_gradient_are_the_same_under_transformations(transform):
     lhs, rhs = operands((3, 4, 16), (16, 3))
@@ -182,6 +183,7 @@ def test_a_given_scale_takes_the_place_of_calibration():
     assert_same_bits(found, (ql @ qr).astype(np.float32) * scale * sr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_forward_shards_have_scales_of_their_own(count):
     lhs, rhs = operands((4, 16), (16, 3))
@@ -197,6 +199,7 @@ def test_forward_shards_have_scales_of_their_own(count):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_shards_help_where_magnitudes_differ():
     lhs, rhs = operands((8, 64), (64, 8))
     lhs = lhs * jnp.repeat(jnp.asarray([1.0, 100.0]), 32)
@@ -368,6 +371,7 @@ print(len(jax.devices()), "devices")
 """
 
 
+@pytest.mark.slow
 def test_sharded_over_devices_gives_the_same_bits():
     run = subprocess.run(
         [sys.executable, "-c", SHARDED],

@@ -1,5 +1,7 @@
 """`einsum`: equations of two operands against NumPy's, values and gradients."""
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +45,10 @@ def test_in_float_it_is_numpys(equation, lhs, rhs):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("equation", "lhs", "rhs"), EQUATIONS)
+@pytest.mark.parametrize(
+    ("equation", "lhs", "rhs"),
+    [EQUATIONS[1], EQUATIONS[14], *(pytest.param(*e, marks=pytest.mark.slow) for e in EQUATIONS)],
+)
 def test_quantized_it_is_near_and_its_gradients_pass_straight_through(equation, lhs, rhs):
     a, b = operands(lhs, rhs)
     c = config.config_v4(8, None, None)
@@ -54,6 +59,72 @@ def test_quantized_it_is_near_and_its_gradients_pass_straight_through(equation, 
     assert 0 < np.linalg.norm(out - exact) < 0.02 * terms
     for found, expected in zip(vjp(jnp.cos(exact)), exact_vjp(jnp.cos(exact)), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@st.composite
+def equations(draw):
+    """Any equation: repeated letters, ellipses of unlike lengths, outputs given and implied."""
+    sizes = draw(st.lists(st.integers(1, 3), min_size=5, max_size=5))
+    size = dict(zip("abcdE", sizes, strict=True))
+    broadcast = draw(st.lists(st.integers(1, 3), max_size=2))
+
+    def side():
+        labels = draw(st.text("abcdE", max_size=3))
+        shape = [size[c] for c in labels]
+        if draw(st.booleans()):
+            at = draw(st.integers(0, len(labels)))
+            labels = f"{labels[:at]}...{labels[at:]}"
+            shape[at:at] = broadcast[draw(st.integers(0, len(broadcast))) :]
+        return labels, tuple(shape)
+
+    (left, lhs), (right, rhs) = side(), side()
+    if draw(st.booleans()):
+        return f"{left},{right}", lhs, rhs
+    letters = sorted(set(left + right) - {"."})
+    out = "".join(draw(st.permutations(letters))[: draw(st.integers(0, len(letters)))])
+    if "..." in left + right:
+        at = draw(st.integers(0, len(out)))
+        out = f"{out[:at]}...{out[at:]}"
+    return f"{left},{right}->{out}", lhs, rhs
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=150)
+@hypothesis.given(case=equations())
+def test_any_equation_is_numpys(case):
+    equation, lhs, rhs = case
+    a, b = operands(lhs, rhs)
+    found = einsum(equation, a, b, config=DotGeneral())
+    expected = np.einsum(equation, a, b)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("equation", "lhs", "rhs", "lhs_axes", "rhs_axes"),
+    [
+        ("ab,bc->ac", (3, 4), (4, 5), 1, 0),
+        ("ab,bc->ca", (3, 4), (4, 5), 1, 0),
+        ("btnh,bsnh->bnts", (2, 3, 4, 5), (2, 6, 4, 5), 3, 3),
+        ("abc,bdc->ad", (2, 3, 4), (3, 5, 4), (1, 2), (0, 2)),
+        ("...d,df->...f", (2, 3, 4), (4, 5), 2, 0),
+    ],
+)
+def test_scales_are_shared_along_the_letters_that_are_summed(
+    equation, lhs, rhs, lhs_axes, rhs_axes
+):
+    def dequantized(x, axes):
+        x = np.asarray(x)
+        scale = np.abs(x).max(axis=axes, keepdims=True) * np.float32(1 / 127.5)
+        rounded = np.rint(np.clip(x * (1 / scale), -127, 127))
+        return rounded.astype(np.float64) * scale
+
+    a, b = operands(lhs, rhs)
+    found = einsum(equation, a, b, config=config.config_v4(8, None, None))
+    left, right = dequantized(a, lhs_axes), dequantized(b, rhs_axes)
+    # Exact integers, and three roundings to float32: of the sum, and of a product by each scale.
+    expected = np.einsum(equation, left, right)
+    np.testing.assert_allclose(found, expected, rtol=4 * 2.0**-24, atol=0)
 
 
 def test_each_side_keeps_its_own_configuration_when_the_operands_change_places():

@@ -244,6 +244,13 @@ def test_clip_gradient_stops_the_gradient_where_a_value_is_clipped(x, clipping_s
     np.testing.assert_array_equal(straight(cotangent), cotangent)
 
 
+def test_the_gradient_passes_at_the_last_centre_and_stops_beyond():
+    x = jnp.asarray([[127.5, 127.25, 127, 126.5, 0, -127, -127.25, -127.5]])  # the scale is 1
+    q = Quantizer(numerics=numerics(8, clip_gradient=True))
+    _, gradient = q.quant(x, calibration_axes=-1)
+    np.testing.assert_array_equal(gradient(jnp.ones_like(x)), [[0, 0, 1, 1, 1, 1, 0, 0]])
+
+
 def test_scale_stop_grad():
     def total(x, stop):
         q = quantizer(8, scale_stop_grad=stop)

@@ -1,0 +1,274 @@
+"""Quantized convolution: its integers against NumPy, its gradients against those in float."""
+
+import dataclasses
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from aqt_engine import Context, DotGeneral, config
+from aqt_engine.calibration import MinMaxCalibration
+from aqt_engine.config import Tensor
+from aqt_engine.ops import conv_general_dilated
+from aqt_engine.ops.conv import quantize_kernel
+from engine.contractions import assert_same_bits
+
+INT8 = config.config_v4(8, None, None)
+NHWC = ("NHWC", "HWIO", "NHWC")
+NCHW = ("NCHW", "OIHW", "NCHW")
+CASES = {
+    "plain": ((2, 7, 6, 3), (3, 2, 3, 4), {"window_strides": (1, 1), "padding": "VALID"}),
+    "same": ((2, 7, 6, 3), (3, 3, 3, 4), {"window_strides": (2, 1), "padding": "SAME"}),
+    "explicit": (
+        (2, 7, 6, 3),
+        (3, 2, 3, 4),
+        {"window_strides": (2, 3), "padding": ((2, 1), (0, 3))},
+    ),
+    "negative": (
+        (2, 7, 6, 3),
+        (2, 2, 3, 4),
+        {"window_strides": (1, 1), "padding": ((-1, 0), (0, -1))},
+    ),
+    "dilated": (
+        (2, 9, 8, 3),
+        (3, 2, 3, 4),
+        {"window_strides": (2, 1), "padding": ((1, 1), (0, 0)), "rhs_dilation": (2, 3)},
+    ),
+    "transposed": (
+        (2, 5, 4, 3),
+        (3, 3, 3, 4),
+        {"window_strides": (1, 1), "padding": ((1, 1), (2, 1)), "lhs_dilation": (2, 3)},
+    ),
+    "groups": (
+        (2, 6, 5, 6),
+        (3, 2, 2, 9),
+        {"window_strides": (1, 2), "padding": "SAME", "feature_group_count": 3},
+    ),
+    "depthwise": (
+        (2, 6, 5, 4),
+        (3, 3, 1, 8),
+        {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 4},
+    ),
+    "pointwise": ((2, 4, 4, 5), (1, 1, 5, 3), {"window_strides": (1, 1), "padding": "VALID"}),
+}
+
+
+def operands(lhs, rhs, seed=0):
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.normal(size=s), np.float32) for s in (lhs, rhs))
+
+
+def in_float(lhs, rhs, numbers=NHWC, **arguments):
+    return lax.conv_general_dilated(
+        lhs, rhs, dimension_numbers=numbers, precision=lax.Precision.HIGHEST, **arguments
+    )
+
+
+def quantized(x, axes):
+    absmax = np.abs(np.asarray(x)).max(axis=axes, keepdims=True)
+    scale = absmax * np.float32(1 / 127.5)
+    return np.round(np.clip(np.asarray(x) * (np.float32(1) / scale), -127, 127)), scale
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    lhs, rhs, arguments = CASES[request.param]
+    return *operands(lhs, rhs), arguments
+
+
+def test_forward_is_the_integer_convolution_times_both_scales(case):
+    lhs, rhs, arguments = case
+    (ql, sl), (qr, sr) = quantized(lhs, (1, 2, 3)), quantized(rhs, (0, 1, 2))
+    # Sums this small are exact in float32.
+    total = np.asarray(in_float(jnp.asarray(ql), jnp.asarray(qr), **arguments))
+    assert np.abs(total).max() < 2**24
+    convolve = functools.partial(
+        conv_general_dilated, dimension_numbers=NHWC, config=INT8, **arguments
+    )
+    assert_same_bits(convolve(lhs, rhs), total * sl * sr)
+    assert_same_bits(jax.jit(convolve)(lhs, rhs), total * sl * sr)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "HWNC"])
+def test_layouts(layout):
+    lhs, rhs = operands((2, 7, 6, 3), (3, 2, 3, 4))
+    arguments = {"window_strides": (2, 1), "padding": "SAME"}
+    expected = conv_general_dilated(lhs, rhs, dimension_numbers=NHWC, config=INT8, **arguments)
+    order = ["NHWC".index(c) for c in layout]
+    found = conv_general_dilated(
+        jnp.transpose(lhs, order),
+        jnp.transpose(rhs, (3, 2, 0, 1)),
+        dimension_numbers=(layout, "OIHW", layout),
+        config=INT8,
+        **arguments,
+    )
+    assert_same_bits(jnp.transpose(found, np.argsort(order)), expected)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_other_ranks(rank):
+    lhs, rhs = operands((2, *(5, 4, 3)[:rank], 3), (*(2, 2, 2)[:rank], 3, 4))
+    letters = "DHW"[:rank]
+    numbers = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
+    found = conv_general_dilated(
+        lhs, rhs, (1,) * rank, "SAME", dimension_numbers=numbers, config=INT8
+    )
+    expected = in_float(lhs, rhs, numbers, window_strides=(1,) * rank, padding="SAME")
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < 0.15
+
+
+def gradients(function, lhs, rhs):
+    out, vjp = jax.vjp(function, lhs, rhs)
+    g = jnp.asarray(np.random.default_rng(9).normal(size=out.shape), np.float32)
+    return vjp(g)
+
+
+@pytest.mark.slow
+def test_unquantized_gradients_are_those_in_float(case):
+    lhs, rhs, arguments = case
+    ours = functools.partial(conv_general_dilated, dimension_numbers=NHWC, **arguments)
+    expected = gradients(functools.partial(in_float, **arguments), lhs, rhs)
+    for c in (DotGeneral(), INT8):  # the forward's rounding is passed straight through
+        for found, exact in zip(
+            gradients(functools.partial(ours, config=c), lhs, rhs), expected, strict=True
+        ):
+            np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_fwd_quant", [False, True])
+def test_quantized_gradients_are_near_those_in_float(case, use_fwd_quant):
+    lhs, rhs, arguments = case
+    c = config.fully_quantized(8, 8, use_fwd_quant, False)
+    ours = functools.partial(conv_general_dilated, dimension_numbers=NHWC, config=c, **arguments)
+    expected = gradients(functools.partial(in_float, **arguments), lhs, rhs)
+    for found, exact in zip(gradients(ours, lhs, rhs), expected, strict=True):
+        error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+        assert 1e-4 < error < 0.03
+
+
+def fake_quantized(x, axes):
+    q, scale = quantized(x, axes)
+    return jnp.asarray(q * scale)
+
+
+@pytest.mark.slow
+def test_quantized_gradients_are_those_of_quantized_operands(case):
+    lhs, rhs, arguments = case
+    c = config.config_v4(None, 8, 8, use_stochastic_rounding=False)
+    ours = functools.partial(conv_general_dilated, dimension_numbers=NHWC, config=c, **arguments)
+    out, vjp = jax.vjp(ours, lhs, rhs)
+    g = jnp.asarray(np.random.default_rng(9).normal(size=out.shape), np.float32)
+    dlhs, drhs = vjp(g)
+    reference = functools.partial(in_float, **arguments)
+    kernel = fake_quantized(rhs, (0, 1, 3))
+    exact = jax.vjp(lambda x: reference(x, kernel), lhs)[1](fake_quantized(g, (1, 2, 3)))[0]
+    np.testing.assert_allclose(dlhs, exact, rtol=1e-4, atol=1e-4)
+    image = fake_quantized(lhs, (0, 1, 2))
+    exact = jax.vjp(lambda w: reference(image, w), rhs)[1](fake_quantized(g, (0, 1, 2)))[0]
+    np.testing.assert_allclose(drhs, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stored_kernel_gives_the_same_bits_in_its_own_layout():
+    lhs, rhs = operands((2, 3, 7, 6), (4, 3, 3, 2))
+    convolve = functools.partial(
+        conv_general_dilated,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=NCHW,
+        config=INT8,
+    )
+    stored = quantize_kernel(rhs, NCHW, config=INT8)
+    assert stored.scale.shape == (4, 1, 1, 1)
+    assert_same_bits(convolve(lhs, stored), convolve(lhs, rhs))
+    with pytest.raises(TypeError, match="stored QTensor has no gradient"):
+        jax.grad(lambda x: convolve(x, stored).sum())(lhs)
+
+
+def test_stochastic_rounding_draws_with_the_key():
+    lhs, rhs = operands(*CASES["same"][:2])
+    c = config.fully_quantized()
+    convolve = functools.partial(
+        conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=NHWC
+    )
+
+    def run(key):
+        return gradients(functools.partial(convolve, config=c, context=Context(key=key)), lhs, rhs)
+
+    first, again, other = (run(jax.random.key(s)) for s in (0, 0, 1))
+    assert_same_bits(first[0], again[0])
+    assert (first[0] != other[0]).any()
+    with pytest.raises(ValueError, match="needs a PRNG key"):
+        run(None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint])
+def test_gradients_under_transformations(transform):
+    lhs, rhs = operands(*CASES["same"][:2])
+    c = config.fully_quantized(use_stochastic_rounding=False)
+    convolve = functools.partial(
+        conv_general_dilated,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=NHWC,
+        config=c,
+    )
+    for found, expected in zip(
+        gradients(transform(convolve), lhs, rhs), gradients(convolve, lhs, rhs), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the oracle's own
+def test_forward_equals_aqtp():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the oracle's own, on today's JAX
+        from aqt.jax.v2 import aqt_conv_general
+
+        theirs = aqt_conv_general.make_conv_general_dilated(
+            aqt_conv_general.conv_general_dilated_make(2, 8, 8)
+        )
+    for name in ("plain", "same", "explicit"):
+        lhs, rhs, arguments = CASES[name]
+        lhs, rhs = operands(lhs, rhs, seed=5)
+        found = conv_general_dilated(lhs, rhs, dimension_numbers=NHWC, config=INT8, **arguments)
+        numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, NHWC)
+        assert_same_bits(found, theirs(lhs, rhs, dimension_numbers=numbers, **arguments))
+
+
+def test_what_it_cannot_do_is_refused():
+    lhs, rhs = operands(*CASES["plain"][:2])
+    convolve = functools.partial(
+        conv_general_dilated, window_strides=(1, 1), padding="VALID", dimension_numbers=NHWC
+    )
+    biased = config.update(INT8, "fwd.lhs", calibration=MinMaxCalibration())
+    sharded = config.update(INT8, "dlhs", local_aqt=config.LocalAqt(contraction_axis_shard_count=2))
+    other = config.DotGeneral(
+        fwd=config.DotGeneralRaw(
+            rhs=dataclasses.replace(
+                config.int_tensor(8),
+                dequant_mode=config.DequantMode.OTHER_INPUT,
+                calibration_mode=config.CalibrationMode.ALL_AXES,
+            ),
+            lhs=Tensor(),
+        )
+    )
+    for c, message in ((biased, "has a bias"), (sharded, "local_aqt"), (other, "OTHER_INPUT")):
+        with pytest.raises(ValueError, match=message):
+            convolve(lhs, rhs, config=c)
+    with pytest.raises(TypeError, match="`lhs` has dtype"):
+        convolve(lhs.astype(np.int8), rhs, config=INT8)
+    with pytest.raises(ValueError, match="batch_group_count"):
+        convolve(lhs, rhs, batch_group_count=2, config=INT8)
+    with pytest.raises(ValueError, match="could overflow"):
+        jax.eval_shape(
+            functools.partial(convolve, config=INT8),
+            jax.ShapeDtypeStruct((1, 3, 3, 20_000), np.float32),
+            jax.ShapeDtypeStruct((3, 3, 20_000, 1), np.float32),
+        )
