@@ -9,9 +9,9 @@ A bundle is a directory `NAME/VERSION/`:
 
 It is written under a temporary name and renamed, so that a reader sees a whole bundle or none.
 Loading runs no code from it: the graph is StableHLO, the arrays are plain, and nothing is pickled.
-A bundle in which any byte has changed is refused. The digests guard against damage and careless
-edits, not against someone who rewrites the whole bundle: who may write it is the file system's
-business.
+A bundle whose content has changed in any byte is refused. The digests guard against damage and
+careless edits, not against someone who rewrites the whole bundle: who may write it is the file
+system's business.
 """
 
 import dataclasses
@@ -22,19 +22,22 @@ import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pydantic
 from jax import export
-from pydantic import AfterValidator, ConfigDict, Field
+
+from aqt_engine.manifest import BATCH as BATCH
+from aqt_engine.manifest import MANIFEST_FORM, FileDigest
+from aqt_engine.manifest import Manifest as Manifest
+from aqt_engine.manifest import Role as Role
+from aqt_engine.manifest import TensorSpec as TensorSpec
+from aqt_engine.manifest import WeightSpec as WeightSpec
 
 FORMAT_VERSION = 1
-BATCH = "batch"
-"""The symbolic dimension that counts rows."""
-
 _MANIFEST = "manifest.json"
 _GRAPH = "graph.stablehlo"
 _WEIGHTS = "weights"
@@ -45,112 +48,6 @@ Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 class BundleError(ValueError):
     """A bundle cannot be read: it is missing, damaged, changed, or of another format."""
-
-
-def _known_dtype(name: str) -> str:
-    try:
-        np.dtype(name)
-    except TypeError as error:
-        raise ValueError(f"{name!r} is no dtype") from error
-    return name
-
-
-Role = Literal["qvalue", "scale", "bias", "float"]
-
-
-def _rows_first(shape: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    if shape[:1] != ("batch",) or "batch" in shape[1:]:
-        raise ValueError("a shape begins with 'batch', and has sizes after that")
-    return shape
-
-
-_STRICT = ConfigDict(strict=True, extra="forbid")
-_Size = Annotated[int, Field(ge=0)]
-_DtypeName = Annotated[str, AfterValidator(_known_dtype)]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """Name, dtype and shape of one input or output.
-
-    `dtype` is a numpy name ("float32", "bfloat16", "int32", "bool"). `shape` begins with `BATCH`.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
-    name: str
-    dtype: _DtypeName
-    shape: Annotated[tuple[Literal["batch"] | _Size, ...], AfterValidator(_rows_first)]
-
-    def with_rows(self, rows: int) -> jax.ShapeDtypeStruct:
-        """The concrete shape and dtype of `rows` rows."""
-        shape = (rows, *(int(d) for d in self.shape[1:]))
-        return jax.ShapeDtypeStruct(shape, np.dtype(self.dtype))
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class WeightSpec:
-    """One array of the weights: its path in the model, its dtype and shape.
-
-    `role` is "qvalue", "scale" or "bias" for a part of a quantized weight, "float" for the rest.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
-    name: str
-    dtype: _DtypeName
-    shape: tuple[_Size, ...]
-    role: Role
-
-    @property
-    def bits(self) -> int:
-        """Bits of one value."""
-        dtype = np.dtype(self.dtype)
-        return 4 if self.dtype in ("int4", "uint4") else 8 * dtype.itemsize
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the array takes in memory."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class FileDigest:
-    """What a file of the bundle must be: its sha256 (hex) and its size in bytes."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
-    sha256: str
-    nbytes: _Size
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """What a bundle says of itself.
-
-    `tile` is the number of rows at which the graph computes. `weights` stand in the order of the
-    graph's arguments; `inputs` follow them. `float_nbytes` is the size of the weights before
-    conversion.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    tile: _Size
-    weights: tuple[WeightSpec, ...]
-    float_nbytes: _Size
-    platforms: tuple[str, ...]
-    tools: Mapping[str, str]
-    files: Mapping[str, FileDigest]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights in memory."""
-        return sum(w.nbytes for w in self.weights)
-
-
-_ManifestForm = pydantic.TypeAdapter(Manifest)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +128,11 @@ def write(
         (temporary / _MANIFEST).write_text(_dump(manifest))
         check(load(temporary))
         _sync(temporary)
-        temporary.rename(target)
+        try:
+            temporary.rename(target)
+        except OSError as error:
+            raise FileExistsError(f"{target} was written by another meanwhile") from error
+        _sync_entry(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -270,7 +171,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         )
     del document["format_version"]
     try:
-        return _ManifestForm.validate_json(json.dumps(document))
+        return MANIFEST_FORM.validate_json(json.dumps(document))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -304,6 +205,7 @@ def load(path: str | os.PathLike[str]) -> Bundle:
             f"(it was written with {dict(manifest.tools)}): {error}"
         ) from error
     _check_graph(root, manifest, graph)
+    _check_witness(root, manifest, witness)
     return Bundle(manifest=manifest, graph=graph, weights=ordered, witness=witness)
 
 
@@ -327,6 +229,9 @@ def _files(root: Path) -> list[str]:
 
 
 def _digest(file: Path) -> FileDigest:
+    # A pipe that nobody writes to would be waited for, for ever.
+    if not file.is_file():
+        raise OSError(0, "it is no regular file")
     with file.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     return FileDigest(sha256=sha256, nbytes=file.stat().st_size)
@@ -368,6 +273,19 @@ def _check_graph(root: Path, manifest: Manifest, graph: export.Exported) -> None
         )
 
 
+def _check_witness(root: Path, manifest: Manifest, witness: Witness) -> None:
+    pairs = [(spec, witness.inputs[spec.name]) for spec in manifest.inputs]
+    pairs += [(spec, witness.outputs[spec.name]) for spec in manifest.outputs]
+    rows = {len(array) if array.ndim else 0 for _, array in pairs}
+    whole = [(spec.with_rows(max(rows)), array) for spec, array in pairs]
+    fits = all((s.shape, s.dtype) == (array.shape, array.dtype) for s, array in whole)
+    if not fits or len(rows) > 1 or rows == {0}:
+        raise BundleError(
+            f"{root} has a witness of {sorted(rows)} rows that does not fit its signature, and so "
+            f"proves nothing: convert again"
+        )
+
+
 def _dump(manifest: Manifest) -> str:
     document = {"format_version": FORMAT_VERSION} | dataclasses.asdict(manifest)
     # Through JSON once, so that what is digested is what a reader will have parsed.
@@ -383,8 +301,12 @@ def _canonical_digest(document: Mapping[str, Any]) -> str:
 def _sync(root: Path) -> None:
     """Puts every file on the disk before the rename makes the bundle visible."""
     for path in [*root.rglob("*"), root]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

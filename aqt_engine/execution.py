@@ -8,6 +8,7 @@ are powers of two.
 """
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -46,6 +47,7 @@ class Program:
         self._graph = bundle.graph
         self._weights = [jax.device_put(w) for w in bundle.weights]
         self._executables: dict[int, Callable[..., Sequence[jax.Array]]] = {}
+        self._compiling = threading.Lock()
 
     @property
     def max_rows(self) -> int:
@@ -54,9 +56,11 @@ class Program:
 
     def compile(self, bucket: int) -> None:
         """Compiles the executable that maps over `bucket` tiles, unless it is there already."""
-        if bucket in self._executables:
-            return
+        with self._compiling:
+            if bucket not in self._executables:
+                self._executables[bucket] = self._compiled(bucket)
 
+    def _compiled(self, bucket: int) -> Callable[..., Sequence[jax.Array]]:
         def forward(weights: list[jax.Array], inputs: list[jax.Array]) -> list[jax.Array]:
             def at_tile(tile: list[jax.Array]) -> list[jax.Array]:
                 return list(self._graph.call(weights, tile))
@@ -65,15 +69,18 @@ class Program:
 
         tiled = [spec.with_rows(self.manifest.tile) for spec in self.manifest.inputs]
         inputs = [jax.ShapeDtypeStruct((bucket, *s.shape), s.dtype) for s in tiled]
-        self._executables[bucket] = jax.jit(forward).lower(self._weights, inputs).compile()
+        return jax.jit(forward).lower(self._weights, inputs).compile()
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs for `inputs`: by name, each of shape (rows, ...), the same rows for all.
 
         More rows than the largest bucket holds are computed in several calls; a bucket that was
         not compiled yet is compiled now.
+
+        Raises:
+          ValueError: the inputs are not those of the signature, in names, dtypes or shapes.
         """
-        rows = len(next(iter(inputs.values())))
+        rows = self._checked_rows(inputs)
         chunks = [
             self._run(
                 {name: array[start : start + self.max_rows] for name, array in inputs.items()}
@@ -88,6 +95,15 @@ class Program:
             else np.zeros((0, *spec.shape[1:]), np.dtype(spec.dtype))
             for spec in self.manifest.outputs
         }
+
+    def _checked_rows(self, inputs: Mapping[str, Array]) -> int:
+        rows = next((len(array) for array in inputs.values() if array.ndim), 0)
+        expected = {spec.name: spec.with_rows(rows) for spec in self.manifest.inputs}
+        found = {name: f"{array.dtype}{list(array.shape)}" for name, array in inputs.items()}
+        wanted = {name: f"{s.dtype}{list(s.shape)}" for name, s in expected.items()}
+        if found != wanted:
+            raise ValueError(f"the inputs are {found}, and the signature has {wanted}")
+        return rows
 
     def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         tile = self.manifest.tile

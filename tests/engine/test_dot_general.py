@@ -99,6 +99,7 @@ def test_float_gradients_pass_straight_through():
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_quantized_gradients_are_near_and_not_equal():
     lhs, rhs = operands((32, 64), (64, 48))
     g = jnp.asarray(np.random.default_rng(1).normal(size=(32, 48)), np.float32)
@@ -211,6 +212,7 @@ def test_shards_help_where_magnitudes_differ():
     assert error[2] < 0.1 * error[1]
 
 
+@pytest.mark.slow
 def test_backward_shards_equal_a_manual_split():
     lhs, rhs = operands((4, 16), (16, 8))
     g = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8)), np.float32)

@@ -111,6 +111,7 @@ def test_compiled_mapped_scanned_and_rematerialized_gradients_have_the_same_bits
             assert_same_bits(mine, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_in_the_gradient_spoils_the_row_and_column_of_its_scales(bad):
     lhs, rhs, g = arguments()
@@ -122,6 +123,7 @@ def test_what_is_not_finite_in_the_gradient_spoils_the_row_and_column_of_its_sca
     assert_same_bits(np.delete(drhs, 1, 1), np.delete(clean[1], 1, 1))
 
 
+@pytest.mark.slow
 def test_a_nan_in_an_operand_spoils_the_other_sides_gradient_and_not_its_own():
     lhs, rhs, g = arguments()
     clean = matmul_gradients(QUANTIZED)(lhs, rhs, g)
@@ -139,6 +141,7 @@ def test_a_nan_on_the_right_spoils_its_column():
     assert_same_bits(np.delete(spoiled, 1, 1), np.delete(clean, 1, 1))
 
 
+@pytest.mark.slow
 def test_zero_gradients_are_zeros():
     lhs, rhs, g = arguments()
     for found in matmul_gradients(QUANTIZED)(lhs, rhs, jnp.zeros_like(g)):

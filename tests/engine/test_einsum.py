@@ -100,6 +100,7 @@ def test_any_equation_is_numpys(case):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("equation", "lhs", "rhs", "lhs_axes", "rhs_axes"),
     [

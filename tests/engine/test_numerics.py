@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from aqt_engine import Context, QTensor
+from aqt_engine import Context
 from aqt_engine.calibration import AbsMaxCalibration
 from aqt_engine.numerics import IntNumerics, NoNumerics, Uniform
 from aqt_engine.quantizer import Quantizer
@@ -394,14 +394,3 @@ def test_no_numerics_leaves_the_tensor_as_it_is():
     assert_same_bits(gradient(x), x)
     with pytest.raises(ValueError, match="no scale"):
         Quantizer(numerics=NoNumerics()).calibrate(x, calibration_axes=0)
-
-
-@dtypes
-def test_a_qtensor_is_a_pytree_that_knows_its_shape_and_dtype(dtype):
-    x = jnp.ones(SHAPE, dtype)
-    found, _ = quantizer(8).quant(x, calibration_axes=-1)
-    leaves, tree = jax.tree.flatten(found)
-    again = jax.tree.unflatten(tree, leaves)
-    assert isinstance(again, QTensor)
-    assert (again.shape, again.ndim, again.dtype) == (SHAPE, 2, dtype)
-    assert again.dequant().dtype == dtype

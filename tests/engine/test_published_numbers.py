@@ -37,7 +37,9 @@ class MlpBlock(nn.Module):
     [
         (False, False, [0.720744, 1.5375545, -2.6456933, -1.7605033]),
         (False, True, [0.7030779, 1.5099456, -2.6334763, -1.7550919]),
-        (True, True, [-0.4893394, 1.5974203, 1.4867443, -0.83422923]),
+        pytest.param(
+            *(True, True, [-0.4893394, 1.5974203, 1.4867443, -0.83422923]), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_mlp_block(partitionable, quantized, first_row):
