@@ -12,6 +12,8 @@ from aqt_engine.calibration import AbsMaxCalibration, ConstantCalibration, MinMa
 from aqt_engine.config import DotGeneral, DotGeneralRaw
 from engine.contractions import assert_same_bits
 
+pytestmark = pytest.mark.slow
+
 BATCHED = (((2,), (1,)), ((0,), (2,)))
 PAIRS = [
     (MinMaxCalibration(), AbsMaxCalibration()),

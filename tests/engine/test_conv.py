@@ -17,6 +17,8 @@ from aqt_engine.ops import conv_general_dilated
 from aqt_engine.ops.conv import quantize_kernel
 from engine.contractions import assert_same_bits
 
+pytestmark = pytest.mark.slow
+
 INT8 = config.config_v4(8, None, None)
 NHWC = ("NHWC", "HWIO", "NHWC")
 NCHW = ("NCHW", "OIHW", "NCHW")

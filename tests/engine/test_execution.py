@@ -17,6 +17,8 @@ from aqt_engine import bundle
 from aqt_engine.execution import Program, tile_buckets
 from engine.contractions import assert_same_bits
 
+pytestmark = pytest.mark.slow
+
 TILE = 4
 FEATURES = 48
 CLASSES = 5

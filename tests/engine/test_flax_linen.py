@@ -28,6 +28,8 @@ from engine.linen_modes import (
     with_weights,
 )
 
+pytestmark = pytest.mark.slow
+
 RIGHT = [
     Dense,
     functools.partial(Einsum, equation="nf,fo->no"),
