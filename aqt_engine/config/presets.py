@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from aqt_engine.config.contraction import DotGeneral, DotGeneralRaw, LocalAqt, Tensor
-from aqt_engine.numerics import IntNumerics, Noise, Numerics, Uniform
+from aqt_engine.numerics import Fp8Numerics, IntNumerics, Noise, Numerics, Uniform
 
 _SIDES = tuple(f"{c}.{side}" for c in ("fwd", "dlhs", "drhs") for side in ("lhs", "rhs"))
 
@@ -100,24 +100,8 @@ def config_v4(
     )
 
 
-def config_v3(
-    fwd_bits: int | None = 8,
-    dlhs_bits: int | None = 8,
-    drhs_bits: int | None = None,
-    *,
-    use_stochastic_rounding: bool = True,
-    dlhs_local_aqt: LocalAqt | None = None,
-    drhs_local_aqt: LocalAqt | None = None,
-) -> DotGeneral:
-    """`config_v4` by its older name: for the bits that it takes, the two are the same."""
-    return config_v4(
-        fwd_bits,
-        dlhs_bits,
-        drhs_bits,
-        use_stochastic_rounding=use_stochastic_rounding,
-        dlhs_local_aqt=dlhs_local_aqt,
-        drhs_local_aqt=drhs_local_aqt,
-    )
+config_v3 = config_v4
+"""The older name: for the arguments that it takes here, the two are the same."""
 
 
 def config_fwd_fp8(fwd_bits: Literal["e4m3", "e5m2"] = "e4m3") -> DotGeneral:
@@ -129,8 +113,6 @@ def config_fwd_fp8(fwd_bits: Literal["e4m3", "e5m2"] = "e4m3") -> DotGeneral:
     formats = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
     if fwd_bits not in formats:
         raise ValueError(f"`fwd_bits` must be one of {', '.join(formats)}, got {fwd_bits!r}")
-    from aqt_engine.numerics import Fp8Numerics
-
     tensor = Tensor(numerics=Fp8Numerics(dtype=formats[fwd_bits]))
     return DotGeneral(fwd=raw(tensor, tensor))
 
