@@ -42,7 +42,7 @@ class Quantizer:
     context: Context = Context()
     scale_dtype: DTypeLike | None = None
 
-    def calibrate(self, x: jax.Array, *, calibration_axes: int | Sequence[int]) -> Scale:
+    def calibrate(self, x: jax.Array, calibration_axes: int | Sequence[int] | None = None) -> Scale:
         """The scale of `x`, and its bias if it has one: the shape of `x` with 1 in shared axes.
 
         Raises:
@@ -60,11 +60,15 @@ class Quantizer:
         return lax.stop_gradient(calibrated) if self.scale_stop_grad else calibrated
 
     def quant(
-        self, x: jax.Array, *, calibration_axes: int | Sequence[int]
+        self, x: jax.Array, calibration_axes: int | Sequence[int] | None = None
     ) -> tuple[QTensor, Gradient]:
         """`x` quantized, and the function from a cotangent of the result to one of `x`.
 
-        Values share a scale along `calibration_axes`, for a contraction those contracted over.
+        Values share a scale along `calibration_axes`, for a contraction those contracted over,
+        unless `calib_shared_axes` says otherwise.
+
+        Raises:
+          ValueError: neither says along which axes, or an axis is out of range.
         """
         x = jnp.asarray(x)
         if isinstance(self.numerics, NoNumerics):
@@ -87,15 +91,17 @@ class Quantizer:
         return self.numerics
 
 
-def shared_axes(own: SharedAxes, calibration_axes: int | Sequence[int], ndim: int):
+def shared_axes(own: SharedAxes, calibration_axes: int | Sequence[int] | None, ndim: int):
     """The axes over which values share a scale, sorted and from 0 to `ndim - 1`.
 
     Raises:
-      ValueError: an axis is out of range.
+      ValueError: no axes are given, or one is out of range.
     """
     if own == "per_tensor":
         return tuple(range(ndim))
     axes = calibration_axes if own is None else own
+    if axes is None:
+        raise ValueError("no axes share a scale: give `calibration_axes` or `calib_shared_axes`")
     if isinstance(axes, str):
         raise ValueError(f'`calib_shared_axes` must be axes or "per_tensor", got {axes!r}')
     axes = (axes,) if isinstance(axes, int) else tuple(axes)

@@ -22,7 +22,7 @@ from aqt_engine.qtensor import Scale
 from aqt_engine.quantizer import Quantizer, SharedAxes
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
     """How one side of one contraction is quantized.
 
@@ -109,7 +109,7 @@ class Tensor:
         )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class LocalAqt:
     """Quantizes the first contracted axis in `contraction_axis_shard_count` pieces.
 
@@ -127,7 +127,7 @@ class LocalAqt:
             )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class DotGeneralRaw:
     """One contraction: its sides, and what it is computed in.
 
@@ -180,7 +180,7 @@ class DotGeneralRaw:
         return dataclasses.replace(self, lhs=self.rhs, rhs=self.lhs)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class DotGeneral:
     """A contraction and its two gradients. Called, it contracts.
 

@@ -10,14 +10,9 @@ from jax.typing import DTypeLike
 
 from aqt_engine.context import Context
 from aqt_engine.flax.linen import AqtDotGeneral, numbered
-from aqt_engine.ops.conv import (
-    conv_general_dilated,
-    image_axes,
-    kernel_axes,
-    quantize_image,
-    quantize_kernel,
-)
+from aqt_engine.ops.conv import conv_general_dilated, quantize_lhs, quantize_rhs
 from aqt_engine.ops.dot_general import Operand
+from aqt_engine.ops.windows import ConvAxes
 
 
 class AqtConvGeneralDilated(AqtDotGeneral):
@@ -53,21 +48,32 @@ class AqtConvGeneralDilated(AqtDotGeneral):
         right: Operand = rhs
         if self.config is not None:
             call = self.calls.next()
+            axes = ConvAxes.parse(
+                lhs.shape,
+                rhs.shape,
+                window_strides,
+                padding,
+                lhs_dilation,
+                rhs_dilation,
+                dimension_numbers,
+                feature_group_count,
+                batch_group_count,
+            )
             left, left_scale = self.side(
                 self.lhs_quant_mode,
                 numbered(self.lhs_var_name, call),
                 lhs,
                 self.config.fwd.lhs,
-                (image_axes(lhs.ndim, dimension_numbers), ()),
-                functools.partial(quantize_image, lhs, dimension_numbers, config=self.config),
+                (axes.lhs_contracting, ()),
+                functools.partial(quantize_lhs, lhs, axes, config=self.config),
             )
             right, right_scale = self.side(
                 self.rhs_quant_mode,
                 numbered(self.rhs_var_name, call),
                 rhs,
                 self.config.fwd.rhs,
-                (kernel_axes(rhs.ndim, dimension_numbers), ()),
-                functools.partial(quantize_kernel, rhs, dimension_numbers, config=self.config),
+                (axes.rhs_contracting, ()),
+                functools.partial(quantize_rhs, rhs, axes, config=self.config),
             )
             convolution = functools.partial(
                 conv_general_dilated,

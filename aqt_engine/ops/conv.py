@@ -1,19 +1,19 @@
-"""Quantized convolution: one forward, two backward, each on integers.
+"""Quantized convolution: one forward, and two backward.
 
-Operands are brought into one layout: images (batch, spatial..., features), kernels (spatial..., in,
-out). Forward, an image has a scale for each example and a kernel one for each output feature, so
-that both can be taken out of the sum:
+Forward, an example on the left has one scale and an output channel on the right has one, so that
+both can be taken out of the sum:
 
-    out = float(conv(q_lhs, q_rhs)) * s_lhs * s_rhs            conv in int32
+    out = float(sum(q_lhs * q_rhs)) * s_lhs[n] * s_rhs[o]    the sum in int32
 
-Backward, the gradient of the image is a convolution of the output's gradient with the reversed
-kernel, which sums over output features: the gradient has a scale for each example, the kernel one
-for each input feature. The gradient of the kernel is a convolution of the image with the output's
-gradient, which sums over examples and positions: each has a scale for each feature.
+What `aqt_engine.ops.dot_general` says of its bits holds here too. Backward, each gradient is a
+convolution of its own, quantized by its own configuration, with scales that are shared along what
+that one sums: in `dlhs` there is one for an example of the gradient and an input channel of the
+kernel, in `drhs` one for an output channel of the gradient and an input channel of the left
+operand; groups have each their own. Gradients pass straight through the rounding.
 """
 
+import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,9 +24,11 @@ from jax.typing import DTypeLike
 
 from aqt_engine.context import Context
 from aqt_engine.modes import DequantMode
+from aqt_engine.ops.axes import Axes
 from aqt_engine.ops.contraction import check_accumulator, require_shared, split_key
-from aqt_engine.ops.dot_general import Given, Operand
-from aqt_engine.ops.window import Window
+from aqt_engine.ops.dot_general import Operand
+from aqt_engine.ops.rescaling import Side, operands, rescaled
+from aqt_engine.ops.windows import ConvAxes, Windows, summed
 from aqt_engine.qtensor import QTensor, Scale
 from aqt_engine.quantizer import Gradient
 
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from aqt_engine.config import DotGeneral, DotGeneralRaw, Tensor
 
 _Key = jax.Array | None
-_Residual = tuple[jax.Array | QTensor, Gradient]
 
 
 def conv_general_dilated(
@@ -57,15 +58,19 @@ def conv_general_dilated(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated`, quantized by `config`, for any spatial rank and layout.
 
-    A side that is a `QTensor` already is convolved as it stands, and then nothing here can be
-    differentiated. A side with a scale given is quantized with that, and not calibrated; no
-    gradient flows into it. Scales are shared as the module says, or over all axes with ALL_AXES.
-    The result has the dtype of `lhs`, or `preferred_element_type` where that is given.
+    A side that is a `QTensor` already, or has a scale given, is taken as in
+    `aqt_engine.ops.dot_general`, with scales in the layout of the operand. `calib_shared_axes` of a
+    forward side are axes of the operand as given; those of a backward side are axes in the layout
+    of `aqt_engine.ops.windows`. `precision` applies to float convolutions only. The result has the
+    dtype of `lhs`, or `preferred_element_type` where that is given.
+
+    Bits: every value is the same eager, jitted, and in any batch, for configurations that convolve
+    integers without a bias.
 
     Raises:
-      TypeError: an operand is not float.
-      ValueError: batch groups, shards or a bias are asked for; a scale varies along what is summed;
-        an int32 sum could overflow; or noise is drawn without a key.
+      TypeError: an operand is not float, or the shapes do not fit, in the words of `jax.lax`.
+      ValueError: likewise; or a scale varies along what is summed, an int32 sum could overflow,
+        noise is drawn without a key, or `local_aqt` or `DequantMode.OTHER_INPUT` is configured.
     """
     for side, operand in (("lhs", lhs), ("rhs", rhs)):
         if not jnp.issubdtype(operand.dtype, jnp.floating):
@@ -73,87 +78,59 @@ def conv_general_dilated(
                 f"`{side}` has dtype {operand.dtype}, and only floating-point tensors are "
                 f"quantized: cast it, or convolve it with `jax.lax.conv_general_dilated`"
             )
-    if batch_group_count != 1:
-        raise ValueError("`batch_group_count` is not quantized: leave it at 1")
-    if any(raw.local_aqt is not None for raw in (config.fwd, config.dlhs, config.drhs)):
-        raise ValueError("`local_aqt` splits the sum of a dot_general: leave it out here")
-    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    batch, feature, *spatial = numbers.lhs_spec
-    image_order = (batch, *spatial, feature)
-    lhs, lhs_scale = _transposed(lhs, image_order), _transposed_scale(lhs_scale, image_order)
-    out_feature, in_feature, *spatial = numbers.rhs_spec
-    kernel_order = (*spatial, in_feature, out_feature)
-    rhs, rhs_scale = _transposed(rhs, kernel_order), _transposed_scale(rhs_scale, kernel_order)
-    window = Window.parse(
-        lhs.shape[1:-1],
-        rhs.shape[:-2],
+    if any(c.local_aqt is not None for c in (config.fwd, config.dlhs, config.drhs)):
+        raise ValueError("`local_aqt` splits a contracted axis, and a convolution splits none")
+    axes = ConvAxes.parse(
+        lhs.shape,
+        rhs.shape,
         window_strides,
         padding,
         lhs_dilation,
         rhs_dilation,
+        dimension_numbers,
         feature_group_count,
+        batch_group_count,
     )
     precision = lax.Precision.DEFAULT if precision is None else precision
-    given = Given(context.key, lhs_scale, rhs_scale)
     stored = isinstance(lhs, QTensor) or isinstance(rhs, QTensor)
     convolution = _conv_stored if stored else _conv
-    out = cast(jax.Array, convolution(config, window, precision, lhs, rhs, given))
-    batch, feature, *spatial = numbers.out_spec
-    layout = (batch, *spatial, feature)
-    out = jnp.transpose(out, tuple(map(layout.index, range(out.ndim))))
+    given = _Given(context.key, lhs_scale, rhs_scale)
+    out = cast(jax.Array, convolution(config, axes, precision, lhs, rhs, given))
     return out.astype(lhs.dtype if preferred_element_type is None else preferred_element_type)
 
 
-def image_axes(ndim: int, dimension_numbers: Any) -> tuple[int, ...]:
-    """The axes of an image, in its own layout, along which an example shares a scale."""
-    numbers = lax.conv_dimension_numbers((1,) * ndim, (1,) * ndim, dimension_numbers)
-    return _all_but(ndim, numbers.lhs_spec[0])
+def quantize_lhs(x: jax.Array, axes: ConvAxes, *, config: "DotGeneral") -> QTensor:
+    """`x` as the forward pass quantizes its left side: what is stored."""
+    return _quantize_forward("lhs", config.fwd.lhs, x, axes.lhs_contracting, None, None)[0]
 
 
-def kernel_axes(ndim: int, dimension_numbers: Any) -> tuple[int, ...]:
-    """The axes of a kernel, in its own layout, along which an output feature shares a scale."""
-    numbers = lax.conv_dimension_numbers((1,) * ndim, (1,) * ndim, dimension_numbers)
-    return _all_but(ndim, numbers.rhs_spec[0])
+def quantize_rhs(x: jax.Array, axes: ConvAxes, *, config: "DotGeneral") -> QTensor:
+    """`x` as the forward pass quantizes its right side: what is stored."""
+    return _quantize_forward("rhs", config.fwd.rhs, x, axes.rhs_contracting, None, None)[0]
 
 
-def quantize_image(lhs: jax.Array, dimension_numbers: Any, *, config: "DotGeneral") -> QTensor:
-    """`lhs`, in its own layout, as the forward pass quantizes it: what conversion stores."""
-    return _quantize(config.fwd.lhs, lhs, image_axes(lhs.ndim, dimension_numbers), None)[0]
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["key", "lhs_scale", "rhs_scale"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Given:
+    """What a convolution is given beside its operands, and no gradient flows into."""
 
-
-def quantize_kernel(rhs: jax.Array, dimension_numbers: Any, *, config: "DotGeneral") -> QTensor:
-    """`rhs`, in its own layout, as the forward pass quantizes it: what conversion stores."""
-    return _quantize(config.fwd.rhs, rhs, kernel_axes(rhs.ndim, dimension_numbers), None)[0]
-
-
-def _transposed_scale(scale: Scale | None, order: tuple[int, ...]) -> Scale | None:
-    return jax.tree.map(functools.partial(jnp.transpose, axes=order), scale)
-
-
-def _transposed(operand: Operand, order: tuple[int, ...]) -> Any:
-    if not isinstance(operand, QTensor):
-        return jnp.transpose(operand, order)
-    scale = None if operand.scale is None else jnp.transpose(operand.scale, order)
-    bias = None if operand.bias is None else jnp.transpose(operand.bias, order)
-    return QTensor(jnp.transpose(operand.qvalue, order), scale, operand.dequant_dtype, bias)
+    key: _Key
+    lhs_scale: Scale | None
+    rhs_scale: Scale | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _conv_stored(
     config: "DotGeneral",
-    window: Window,
+    axes: ConvAxes,
     precision: lax.PrecisionLike,
     lhs: Operand,
     rhs: Operand,
-    given: Given,
+    given: _Given,
 ) -> jax.Array:
-    lhs_key, rhs_key = split_key(split_key(given.key, 3)[0], 2)
-    if not isinstance(lhs, QTensor):
-        lhs = _quantize(config.fwd.lhs, lhs, _all_but(lhs.ndim, 0), lhs_key, given.lhs_scale)[0]
-    if not isinstance(rhs, QTensor):
-        outputs = _all_but(rhs.ndim, rhs.ndim - 1)
-        rhs = _quantize(config.fwd.rhs, rhs, outputs, rhs_key, given.rhs_scale)[0]
-    return _forward_sum(config.fwd, lhs, rhs, window, precision).astype(lhs.dtype)
+    return _forward(config, axes, precision, lhs, rhs, given)[0]
 
 
 def _conv_stored_fwd(*args: Any) -> tuple[jax.Array, None]:
@@ -161,6 +138,7 @@ def _conv_stored_fwd(*args: Any) -> tuple[jax.Array, None]:
 
 
 def _conv_stored_bwd(*_: Any):
+    # Plain differentiation would go through the rounding and give zeros without a word.
     raise TypeError(
         "a convolution with a stored QTensor has no gradient: differentiate the model in "
         "QuantMode.TRAIN"
@@ -173,53 +151,67 @@ _conv_stored.defvjp(_conv_stored_fwd, _conv_stored_bwd)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _conv(
     config: "DotGeneral",
-    window: Window,
+    axes: ConvAxes,
     precision: lax.PrecisionLike,
     lhs: jax.Array,
     rhs: jax.Array,
-    given: Given,
+    given: _Given,
 ) -> jax.Array:
-    return _forward(config, window, precision, lhs, rhs, given)[0]
+    return _forward(config, axes, precision, lhs, rhs, given)[0]
+
+
+# What the backward convolution for the *other* side needs of an operand, and its own gradient.
+_Residual = tuple[Operand, Gradient | None]
 
 
 def _forward(
     config: "DotGeneral",
-    window: Window,
+    axes: ConvAxes,
     precision: lax.PrecisionLike,
-    lhs: jax.Array,
-    rhs: jax.Array,
-    given: Given,
+    lhs: Operand,
+    rhs: Operand,
+    given: _Given,
 ) -> tuple[jax.Array, tuple[_Residual, _Residual, _Key, _Key]]:
     fwd_key, dlhs_key, drhs_key = split_key(given.key, 3)
     lhs_key, rhs_key = split_key(fwd_key, 2)
-    lhs_q, lhs_gradient = _quantize(
-        config.fwd.lhs, lhs, _all_but(lhs.ndim, 0), lhs_key, given.lhs_scale
+    lhs_q, lhs_gradient = _quantize_forward(
+        "lhs", config.fwd.lhs, lhs, axes.lhs_contracting, lhs_key, given.lhs_scale
     )
-    outputs = _all_but(rhs.ndim, rhs.ndim - 1)
-    rhs_q, rhs_gradient = _quantize(config.fwd.rhs, rhs, outputs, rhs_key, given.rhs_scale)
-    out = _forward_sum(config.fwd, lhs_q, rhs_q, window, precision).astype(lhs.dtype)
+    rhs_q, rhs_gradient = _quantize_forward(
+        "rhs", config.fwd.rhs, rhs, axes.rhs_contracting, rhs_key, given.rhs_scale
+    )
+    left, right = jax.tree.map(axes.to_lhs, lhs_q), jax.tree.map(axes.to_rhs, rhs_q)
+    out = axes.from_out(_contract(config.fwd, left, right, axes.windows, precision))
     lhs_kept = lhs_q if config.drhs.rhs.use_fwd_quant else lhs
     rhs_kept = rhs_q if config.dlhs.rhs.use_fwd_quant else rhs
-    return out, ((lhs_kept, lhs_gradient), (rhs_kept, rhs_gradient), dlhs_key, drhs_key)
+    return out.astype(lhs.dtype), (
+        (lhs_kept, lhs_gradient),
+        (rhs_kept, rhs_gradient),
+        dlhs_key,
+        drhs_key,
+    )
 
 
 def _backward(
     config: "DotGeneral",
-    window: Window,
+    axes: ConvAxes,
     precision: lax.PrecisionLike,
     residuals: tuple[_Residual, _Residual, _Key, _Key],
     g: jax.Array,
 ) -> tuple[jax.Array, jax.Array, None]:
     (lhs, lhs_gradient), (rhs, rhs_gradient), dlhs_key, drhs_key = residuals
-    scaled, kernel = _as_forward_quantized(g, rhs, "rhs")
-    dlhs = _image_gradient(
-        config.dlhs, scaled, kernel, lhs.shape[1:-1], window, precision, dlhs_key
-    )
-    scaled, image = _as_forward_quantized(g, lhs, "lhs")
-    drhs = _kernel_gradient(config.drhs, scaled, image, rhs.shape, window, precision, drhs_key)
+    assert lhs_gradient is not None
+    assert rhs_gradient is not None
+    left, right = jax.tree.map(axes.to_lhs, lhs), jax.tree.map(axes.to_rhs, rhs)
+    g = axes.to_out(g)
+    sizes = (left.shape[1:-2], right.shape[:-3], g.shape[1:-2])
+    windows = axes.windows.dlhs(*sizes)
+    dlhs = _dlhs(config.dlhs, *_as_forward_quantized(g, right), windows, precision, dlhs_key)
+    windows = axes.windows.drhs(*sizes)
+    drhs = _drhs(config.drhs, *_as_forward_quantized(g, left), windows, precision, drhs_key)
     return (
-        lhs_gradient(dlhs).astype(lhs.dtype),
-        rhs_gradient(drhs).astype(rhs.dtype),
+        lhs_gradient(axes.from_lhs(dlhs)).astype(lhs.dtype),
+        rhs_gradient(axes.from_rhs(drhs)).astype(rhs.dtype),
         None,
     )
 
@@ -227,174 +219,163 @@ def _backward(
 _conv.defvjp(_forward, _backward)
 
 
-def _as_forward_quantized(
-    g: jax.Array, other: jax.Array | QTensor, side: str
-) -> tuple[jax.Array, jax.Array]:
+def _dlhs(
+    raw: "DotGeneralRaw",
+    g: jax.Array,
+    kernel: jax.Array,
+    windows: Windows,
+    precision: lax.PrecisionLike,
+    key: _Key,
+) -> jax.Array:
+    """The gradient (N, *T, G, O) over the reversed kernel (*K, O, G, C): (N, *S, G, C)."""
+    g_key, kernel_key = split_key(key, 2)
+    kernel = jnp.swapaxes(jnp.flip(kernel, range(kernel.ndim - 3)), -3, -1)
+    g_q = _quantize_left(raw.lhs, g, g_key)
+    kernel_q = _quantize_right(raw.rhs, kernel, kernel_key)
+    return _contract_in_parts(raw, g_q, kernel_q, windows, precision)
+
+
+def _drhs(
+    raw: "DotGeneralRaw",
+    g: jax.Array,
+    lhs: jax.Array,
+    windows: Windows,
+    precision: lax.PrecisionLike,
+    key: _Key,
+) -> jax.Array:
+    """The left operand (C, *S, G, N) under the gradient (*T, N, G, O): (*K, C, G, O)."""
+    g_key, lhs_key = split_key(key, 2)
+    # Moved before they are quantized: XLA:CPU would join the moves with an integer convolution,
+    # into one that it is 50 times slower at.
+    g_q = _quantize_right(raw.lhs, jnp.moveaxis(g, 0, -3), g_key)
+    lhs_q = _quantize_left(raw.rhs, jnp.swapaxes(lhs, 0, -1), lhs_key)
+    out = _contract_in_parts(raw.swapped(), lhs_q, g_q, windows, precision)
+    return jnp.moveaxis(out, 0, -3)
+
+
+def _as_forward_quantized(g: jax.Array, other: Any) -> tuple[jax.Array, jax.Array]:
     """The gradient times the other operand's scale, and that operand's integers in float."""
     if not isinstance(other, QTensor):
         return g, other
     if other.scale is None:
         return g, other.qvalue
-    scale = _image_scale(side, other) if side == "lhs" else _kernel_scale(side, other)
-    return g * scale.astype(g.dtype), other.qvalue.astype(other.dequant_dtype)
+    if other.bias is not None:
+        raise ValueError(
+            "`use_fwd_quant` takes the forward's integers without their bias, and this side is "
+            "calibrated with one: set `use_fwd_quant=False`, or calibrate symmetrically"
+        )
+    return g * other.scale.astype(g.dtype), other.qvalue.astype(other.dequant_dtype)
 
 
-def _forward_sum(
+def _contract_in_parts(
     raw: "DotGeneralRaw",
     lhs: QTensor,
     rhs: QTensor,
-    window: Window,
+    windows: Windows,
     precision: lax.PrecisionLike,
 ) -> jax.Array:
-    lhs, rhs = _inputs("lhs", raw.lhs, lhs), _inputs("rhs", raw.rhs, rhs)
-    count = math.prod(rhs.shape[:-1])
-    out = _integers(raw, lhs, rhs, window, count, precision)
-    out = out if lhs.scale is None else out * _image_scale("lhs", lhs)
-    return out if rhs.scale is None else out * _kernel_scale("rhs", rhs)
+    """As `_contract`; where the accumulator could overflow, float sums of parts of the features.
+
+    The gradient of a kernel sums over all examples and positions, more than int32 holds in a
+    batch of images.
+    """
+    features = size = lhs.shape[-1]
+    while size > 1:
+        try:
+            check_accumulator(operands(raw, lhs, rhs)[0], summed(rhs.qvalue) // features * size)
+            break
+        except ValueError:
+            size = (size + 1) // 2
+
+    def part(start: int) -> jax.Array:
+        stop = min(start + size, features)
+        left, right = lhs.qvalue[..., start:stop], rhs.qvalue[..., start:stop, :, :]
+        return _contract(
+            raw,
+            dataclasses.replace(lhs, qvalue=left),
+            dataclasses.replace(rhs, qvalue=right),
+            windows,
+            precision,
+        )
+
+    return sum((part(start) for start in range(size, features, size)), start=part(0))
 
 
-def _image_gradient(
-    raw: "DotGeneralRaw",
-    g: jax.Array,
-    kernel: jax.Array,
-    image: tuple[int, ...],
-    window: Window,
-    precision: lax.PrecisionLike,
-    key: _Key,
-) -> jax.Array:
-    g_key, kernel_key = split_key(key, 2)
-    rank, groups = kernel.ndim - 2, window.groups
-    g_q = _quantize(raw.lhs, g, _all_but(g.ndim, 0), g_key)[0]
-    kernel_q = _quantize(raw.rhs, kernel, _all_but(kernel.ndim, rank), kernel_key)[0]
-    g_q, kernel_q = _inputs("lhs", raw.lhs, g_q), _inputs("rhs", raw.rhs, kernel_q)
-
-    def swapped(x: jax.Array, width: int) -> jax.Array:
-        """(spatial..., in, out) to (spatial..., out of a group, in of all groups)."""
-        x = x.reshape(*x.shape[:-1], groups, width)
-        x = jnp.moveaxis(x, (-1, -2, -3), (-3, -2, -1))
-        return x.reshape(*x.shape[:-2], -1)
-
-    values = swapped(jnp.flip(kernel_q.qvalue, range(rank)), kernel.shape[-1] // groups)
-    scale = kernel_q.scale
-    if scale is not None:
-        require_shared("rhs", scale, _all_but(kernel.ndim, rank))
-        # The scale of an input feature counts for it in every group.
-        scale = jnp.tile(jnp.moveaxis(scale, -2, -1), groups)
-    flipped = QTensor(values, scale, kernel_q.dequant_dtype)
-    transposed = window.of_image_gradient(image, kernel.shape[:-2], g.shape[1:-1])
-    out = _integers(raw, g_q, flipped, transposed, math.prod(values.shape[:-1]), precision)
-    out = out if g_q.scale is None else out * _image_scale("lhs", g_q)
-    return out if scale is None else out * scale.reshape(-1)
-
-
-def _kernel_gradient(
-    raw: "DotGeneralRaw",
-    g: jax.Array,
-    image: jax.Array,
-    kernel: tuple[int, ...],
-    window: Window,
-    precision: lax.PrecisionLike,
-    key: _Key,
-) -> jax.Array:
-    g_key, image_key = split_key(key, 2)
-    channels = _all_but(g.ndim, g.ndim - 1)
-    g_q = _quantize(raw.lhs, g, channels, g_key)[0]
-    image_q = _quantize(raw.rhs, image, channels, image_key)[0]
-    g_q, image_q = _inputs("lhs", raw.lhs, g_q), _inputs("rhs", raw.rhs, image_q)
-    transposed = window.of_kernel_gradient(image.shape[1:-1], kernel[:-2], g.shape[1:-1])
-    # Features of the image take the place of examples, and examples that of features.
-    as_image = QTensor(jnp.swapaxes(image_q.qvalue, 0, -1), None, image_q.dequant_dtype)
-    as_kernel = QTensor(jnp.moveaxis(g_q.qvalue, 0, -2), None, g_q.dequant_dtype)
-    count = math.prod(g.shape[:-1])
-    out = _integers(
-        raw.swapped(), as_image, as_kernel, transposed, count, precision
-    )  # (in of a group, spatial..., out)
-    out = jnp.moveaxis(out, 0, -2)
-    if g_q.scale is not None:
-        require_shared("lhs", g_q.scale, channels)
-        out = out * g_q.scale.reshape(-1)
-    if image_q.scale is not None:
-        require_shared("rhs", image_q.scale, channels)
-        by_group = jnp.broadcast_to(image_q.scale.reshape(-1), image.shape[-1:])
-        by_group = by_group.reshape(window.groups, -1)
-        out = out * jnp.repeat(by_group.T, kernel[-1] // window.groups, axis=1)
-    return out
-
-
-def _integers(
+def _contract(
     raw: "DotGeneralRaw",
     lhs: QTensor,
     rhs: QTensor,
-    window: Window,
-    count: int,
+    windows: Windows,
     precision: lax.PrecisionLike,
 ) -> jax.Array:
-    """The convolution of the values as they are, in the promoted float dtype."""
-    out_dtype = jnp.promote_types(lhs.dequant_dtype, rhs.dequant_dtype)
-    in_dtype = raw.dg_in_dtype
-    if in_dtype is None and lhs.qvalue.dtype != rhs.qvalue.dtype:
-        in_dtype = out_dtype
-    image, kernel = lhs.qvalue, rhs.qvalue
-    if in_dtype is not None:
-        image, kernel = image.astype(in_dtype), kernel.astype(in_dtype)
-    check_accumulator(raw, count)
-    spatial = "".join(chr(ord("0") + i) for i in range(len(window.strides)))
-    return lax.conv_general_dilated(
-        image,
-        kernel,
-        window.strides,
-        window.padding,
-        lhs_dilation=window.lhs_dilation,
-        rhs_dilation=window.rhs_dilation,
-        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-        feature_group_count=window.groups,
-        batch_group_count=window.batch_groups,
-        precision=precision,
-        preferred_element_type=raw.dg_accumulator_dtype,
-    ).astype(out_dtype)
+    """(N, *S, G, C) over (*K, C, G, O): (N, *T, G, O), in the promoted float dtype."""
+    raw, lhs, rhs = operands(raw, lhs, rhs)
+    _require_shared("lhs", lhs, _left_contracting(lhs.ndim))
+    _require_shared("rhs", rhs, _right_contracting(rhs.ndim))
+    check_accumulator(raw, summed(rhs.qvalue))
+    left, right = lhs.qvalue, rhs.qvalue
+    convolve = functools.partial(
+        windows.convolve, precision=precision, dtype=raw.dg_accumulator_dtype
+    )
+    # Padding is no value: it adds no bias. So what biases add is found by convolving ones.
+    left_ones = jnp.ones((1, *left.shape[1:]), left.dtype)
+    right_ones = jnp.ones((*right.shape[:-1], 1), right.dtype)
+    return rescaled(
+        convolve(left, right),
+        Side(
+            scale=lhs.scale,
+            bias=lhs.bias,
+            total=lambda: convolve(left, right_ones),
+            whole=raw.lhs.calibration.has_zero_point,
+        ),
+        Side(
+            scale=rhs.scale,
+            bias=rhs.bias,
+            total=lambda: convolve(left_ones, right),
+            whole=raw.rhs.calibration.has_zero_point,
+        ),
+        lambda: convolve(left_ones, right_ones),
+        jnp.promote_types(lhs.dequant_dtype, rhs.dequant_dtype),
+    )
 
 
-def _inputs(side: str, tensor: "Tensor", q: QTensor) -> QTensor:
-    """The operand, dequantized where that is to be done before the sum."""
-    if tensor.dequantized_at is DequantMode.THIS_INPUT:
-        return QTensor(q.dequant(), None, q.dequant_dtype)
-    if q.bias is not None:
-        raise ValueError(
-            f"`{side}` has a bias, which padding with zeros does not know of: set "
-            f"`use_fake_quant`, or calibrate symmetrically"
-        )
-    if tensor.dequantized_at is DequantMode.OTHER_INPUT and q.scale is not None:
-        raise ValueError(
-            f"`{side}` has `DequantMode.OTHER_INPUT`, which a convolution does not have: use "
-            f"OUTPUT or THIS_INPUT"
-        )
-    return q
+def _quantize_forward(
+    side: str, tensor: "Tensor", x: Operand, contracting: Axes, key: _Key, scale: Scale | None
+) -> tuple[QTensor, Gradient | None]:
+    """An operand as the caller has it; what is a `QTensor` already has no gradient."""
+    gradient = None
+    if isinstance(x, QTensor):
+        q = x
+    elif scale is not None and tensor.is_quantized:
+        given = jax.tree.map(lax.stop_gradient, scale)
+        q, gradient = tensor.quantizer(key).quant_with(given, x)
+    else:
+        axes = tensor.shared_by(x.ndim, contracting, ())
+        q, gradient = tensor.quantizer(key).quant(x, calibration_axes=axes)
+    if tensor.dequantized_at is not DequantMode.THIS_INPUT:
+        _require_shared(side, q, contracting)
+    return q, gradient
 
 
-def _image_scale(side: str, q: QTensor) -> jax.Array:
-    assert q.scale is not None
-    require_shared(side, q.scale, _all_but(q.ndim, 0))
-    return q.scale
+def _quantize_left(tensor: "Tensor", x: jax.Array, key: _Key) -> QTensor:
+    axes = tensor.shared_by(x.ndim, _left_contracting(x.ndim), (x.ndim - 2,))
+    return tensor.quantizer(key).quant(x, calibration_axes=axes)[0]
 
 
-def _kernel_scale(side: str, q: QTensor) -> jax.Array:
-    assert q.scale is not None
-    require_shared(side, q.scale, _all_but(q.ndim, q.ndim - 1))
-    return q.scale.reshape(-1)
+def _quantize_right(tensor: "Tensor", x: jax.Array, key: _Key) -> QTensor:
+    axes = tensor.shared_by(x.ndim, _right_contracting(x.ndim), (x.ndim - 2,))
+    return tensor.quantizer(key).quant(x, calibration_axes=axes)[0]
 
 
-def _all_but(ndim: int, axis: int) -> tuple[int, ...]:
-    return tuple(a for a in range(ndim) if a != axis)
+def _left_contracting(ndim: int) -> Axes:
+    return (*range(1, ndim - 2), ndim - 1)
 
 
-def _quantize(
-    tensor: "Tensor",
-    x: jax.Array,
-    shared: tuple[int, ...],
-    key: _Key,
-    scale: Scale | None = None,
-) -> tuple[QTensor, Gradient]:
-    quantizer = tensor.quantizer(key)
-    if scale is not None and tensor.is_quantized:
-        return quantizer.quant_with(jax.tree.map(lax.stop_gradient, scale), x)
-    return quantizer.quant(x, calibration_axes=tensor.shared_by(x.ndim, shared, ()))
+def _right_contracting(ndim: int) -> Axes:
+    return tuple(range(ndim - 2))
+
+
+def _require_shared(side: str, q: QTensor, contracting: Axes) -> None:
+    for part in (q.scale, q.bias):
+        if part is not None:
+            require_shared(side, part, contracting)

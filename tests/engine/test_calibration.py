@@ -197,3 +197,14 @@ def test_powers_of_two_are_the_next_above(bound):
 def test_contradictions_are_refused_at_construction(make):
     with pytest.raises(ValueError, match=r"must (be|hold)"):
         make()
+
+
+def test_the_axes_that_share_a_scale_are_given_by_either_side():
+    x = values()
+    own, _ = Quantizer(INT8, 1).quant(x)
+    of_the_call, _ = Quantizer(INT8).quant(x, 1)
+    assert_same_bits(own.scale, of_the_call.scale)
+    with pytest.raises(ValueError, match="no axes share a scale"):
+        Quantizer(INT8).quant(x)
+    with pytest.raises(ValueError, match="do not fit a tensor of 2 dimensions"):
+        Quantizer(INT8).quant(x, 2)

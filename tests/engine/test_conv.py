@@ -14,7 +14,8 @@ from aqt_engine import Context, DotGeneral, config
 from aqt_engine.calibration import MinMaxCalibration
 from aqt_engine.config import Tensor
 from aqt_engine.ops import conv_general_dilated
-from aqt_engine.ops.conv import quantize_kernel
+from aqt_engine.ops.conv import quantize_rhs
+from aqt_engine.ops.windows import ConvAxes
 from engine.contractions import assert_same_bits
 
 pytestmark = pytest.mark.slow
@@ -55,6 +56,11 @@ CASES = {
         (3, 3, 1, 8),
         {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 4},
     ),
+    "batch groups": (
+        (6, 5, 4, 3),
+        (3, 2, 3, 4),
+        {"window_strides": (1, 2), "padding": "SAME", "batch_group_count": 2},
+    ),
     "pointwise": ((2, 4, 4, 5), (1, 1, 5, 3), {"window_strides": (1, 1), "padding": "VALID"}),
 }
 
@@ -85,6 +91,9 @@ def case(request):
 def test_forward_is_the_integer_convolution_times_both_scales(case):
     lhs, rhs, arguments = case
     (ql, sl), (qr, sr) = quantized(lhs, (1, 2, 3)), quantized(rhs, (0, 1, 2))
+    if arguments.get("batch_group_count", 1) > 1:
+        # A group of output channels sums a group of examples.
+        sl = np.repeat(np.concatenate(np.split(sl, 2), axis=-1), 2, axis=-1)
     # Sums this small are exact in float32.
     total = np.asarray(in_float(jnp.asarray(ql), jnp.asarray(qr), **arguments))
     assert np.abs(total).max() < 2**24
@@ -168,10 +177,15 @@ def test_quantized_gradients_are_those_of_quantized_operands(case):
     g = jnp.asarray(np.random.default_rng(9).normal(size=out.shape), np.float32)
     dlhs, drhs = vjp(g)
     reference = functools.partial(in_float, **arguments)
-    kernel = fake_quantized(rhs, (0, 1, 3))
-    exact = jax.vjp(lambda x: reference(x, kernel), lhs)[1](fake_quantized(g, (1, 2, 3)))[0]
+    # Groups have scales of their own.
+    groups = arguments.get("feature_group_count", 1) * arguments.get("batch_group_count", 1)
+    kernel = fake_quantized(rhs.reshape(*rhs.shape[:-1], groups, -1), (0, 1, 4)).reshape(rhs.shape)
+    grouped = g.reshape(*g.shape[:-1], groups, -1)
+    quantized_g = fake_quantized(grouped, (1, 2, 4)).reshape(g.shape)
+    exact = jax.vjp(lambda x: reference(x, kernel), lhs)[1](quantized_g)[0]
     np.testing.assert_allclose(dlhs, exact, rtol=1e-4, atol=1e-4)
-    image = fake_quantized(lhs, (0, 1, 2))
+    parts = jnp.split(lhs, arguments.get("batch_group_count", 1))
+    image = jnp.concatenate([fake_quantized(part, (0, 1, 2)) for part in parts])
     exact = jax.vjp(lambda w: reference(image, w), rhs)[1](fake_quantized(g, (0, 1, 2)))[0]
     np.testing.assert_allclose(drhs, exact, rtol=1e-4, atol=1e-4)
 
@@ -185,7 +199,8 @@ def test_a_stored_kernel_gives_the_same_bits_in_its_own_layout():
         dimension_numbers=NCHW,
         config=INT8,
     )
-    stored = quantize_kernel(rhs, NCHW, config=INT8)
+    axes = ConvAxes.parse(lhs.shape, rhs.shape, (1, 1), "SAME", None, None, NCHW, 1, 1)
+    stored = quantize_rhs(rhs, axes, config=INT8)
     assert stored.scale.shape == (4, 1, 1, 1)
     assert_same_bits(convolve(lhs, stored), convolve(lhs, rhs))
     with pytest.raises(TypeError, match="stored QTensor has no gradient"):
@@ -227,6 +242,35 @@ def test_gradients_under_transformations(transform):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_zero_points_do_not_leak_into_the_padding(case):
+    lhs, rhs, arguments = case
+    lhs, rhs = lhs + 1.5, rhs - 0.5
+    c = INT8
+    dequantized = [lhs, rhs]
+    for side in ("lhs", "rhs"):
+        c = config.update(c, f"fwd.{side}", calibration=MinMaxCalibration())
+    for i, (tensor, axes) in enumerate(((c.fwd.lhs, (1, 2, 3)), (c.fwd.rhs, (0, 1, 2)))):
+        dequantized[i] = tensor.quantizer(None).quant(dequantized[i], axes)[0].dequant()
+    found = conv_general_dilated(lhs, rhs, dimension_numbers=NHWC, config=c, **arguments)
+    expected = in_float(*dequantized, **arguments)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_kernel_gradient_longer_than_int32_is_summed_in_parts():
+    # 16 x 100 x 100 products of up to 127 x 127 are more than int32 holds.
+    lhs, rhs = operands((16, 100, 100, 1), (1, 1, 1, 2))
+    c = config.config_v4(None, None, 8, use_stochastic_rounding=False)
+    found = gradients(
+        lambda x, w: conv_general_dilated(x, w, (1, 1), "SAME", None, None, NHWC, config=c),
+        jnp.abs(lhs),
+        rhs,
+    )[1]
+    exact = gradients(
+        lambda x, w: in_float(x, w, window_strides=(1, 1), padding="SAME"), jnp.abs(lhs), rhs
+    )[1]
+    np.testing.assert_allclose(found, exact, rtol=0.02)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the oracle's own
 def test_forward_equals_aqtp():
     with warnings.catch_warnings():
@@ -249,7 +293,6 @@ def test_what_it_cannot_do_is_refused():
     convolve = functools.partial(
         conv_general_dilated, window_strides=(1, 1), padding="VALID", dimension_numbers=NHWC
     )
-    biased = config.update(INT8, "fwd.lhs", calibration=MinMaxCalibration())
     sharded = config.update(INT8, "dlhs", local_aqt=config.LocalAqt(contraction_axis_shard_count=2))
     other = config.DotGeneral(
         fwd=config.DotGeneralRaw(
@@ -261,13 +304,13 @@ def test_what_it_cannot_do_is_refused():
             lhs=Tensor(),
         )
     )
-    for c, message in ((biased, "has a bias"), (sharded, "local_aqt"), (other, "OTHER_INPUT")):
+    for c, message in ((sharded, "local_aqt"), (other, "OTHER_INPUT")):
         with pytest.raises(ValueError, match=message):
             convolve(lhs, rhs, config=c)
     with pytest.raises(TypeError, match="`lhs` has dtype"):
         convolve(lhs.astype(np.int8), rhs, config=INT8)
     with pytest.raises(ValueError, match="batch_group_count"):
-        convolve(lhs, rhs, batch_group_count=2, config=INT8)
+        convolve(lhs, rhs, batch_group_count=3, config=INT8)
     with pytest.raises(ValueError, match="could overflow"):
         jax.eval_shape(
             functools.partial(convolve, config=INT8),
