@@ -1,50 +1,38 @@
-"""Serving conversion: a trained Flax linen model becomes a bundle.
+"""Serving conversion: a trained model becomes a bundle.
 
-The model is run once in CONVERT, which stores its quantized weights, and traced in SERVE, which
-reads them. Of all its variables only those that the SERVE forward reads go into the bundle: a
-float weight that has been quantized is read for its shape alone, and is left out. The witness is
-the training forward itself, compiled at the tile. Before the bundle becomes visible it is loaded
-back from disk and has to give the witness's bits, in every bucket, in any order of rows and beside
-any neighbors; what does not is refused here, and so never reaches a server.
+What a model is, `aqt_engine.convertible` says: a training forward, and a serving forward with the
+weights that it may read. Of those only what it does read goes into the bundle, and so no float copy
+of a weight that has been quantized. The witness is the training forward itself, compiled at the
+tile. Before the bundle becomes visible it is loaded back from disk and has to give the witness's
+bits, in every bucket, in any order of rows and beside any neighbors; what does not is refused here,
+and so never reaches a server.
 """
 
-import dataclasses
 import importlib.metadata
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import DenyList
 from jax import export
 
 from aqt_engine import bundle, witness
 from aqt_engine.bundle import Arrays, Bundle, TensorSpec
+from aqt_engine.convertible import ConversionError as ConversionError
+from aqt_engine.convertible import Convertible, Inputs, Leaf, LinenModel, ModelFactory, Serving
 from aqt_engine.execution import Program
-from aqt_engine.modes import QuantMode
-from aqt_engine.qtensor import QTensor, Scale
 
 DEFAULT_TILE = 16
 PLATFORMS = ("cpu", "cuda", "tpu")
 MAX_WITNESS_ROWS = 256
-STATISTICS = "aqt_statistics"
-
-ModelFactory = Callable[[QuantMode], nn.Module]
-Variables = Mapping[str, Any]
-_Forward = Callable[[Variables, Mapping[str, jax.Array]], dict[str, jax.Array]]
-
-
-class ConversionError(ValueError):
-    """A model cannot be converted so that it answers exactly; the message says what prevents it."""
 
 
 def convert(
-    model: ModelFactory,
-    variables: Variables,
+    model: ModelFactory | Convertible,
+    variables: Any,
     example: Arrays,
     path: str | os.PathLike[str],
     *,
@@ -54,10 +42,11 @@ def convert(
     """Writes the model as a bundle at `path` (`.../NAME/VERSION`) and returns its manifest.
 
     Args:
-      model: gives the linen module for a mode; `model(QuantMode.TRAIN)` is what was trained. The
-        mode is to be set on the side of each contraction that is the weight.
-      variables: what was trained: Flax collections, `{"params": ...}` and others that are read.
-      example: typical inputs by the names of the module's arguments, each of shape (rows, ...).
+      model: a `Convertible`, or a function that gives the linen module for a mode:
+        `model(QuantMode.TRAIN)` is what was trained, and the mode is to be set on the side of each
+        contraction that is the weight.
+      variables: what was trained: for linen Flax collections, `{"params": ...}` and others.
+      example: typical inputs by the names of the model's arguments, each of shape (rows, ...).
         They fix the signature, and the first 256 rows become the witness.
       path: the directory to write, which must not exist.
       tile: the number of rows at which the model is compiled, here and on every server.
@@ -75,17 +64,18 @@ def convert(
     rows = {name: _tiled(array, tile) for name, array in inputs.items()}
     first = {name: array[:tile] for name, array in rows.items()}
     variables = jax.tree.map(jnp.asarray, variables)
+    model = _convertible(model)
 
     on_stage("Quantizing the weights")
-    stored = _stored(model, variables, first)
+    serving = model.serving(variables, first)
 
     on_stage("Running the training forward for the witness")
-    train = jax.jit(_forward(model(QuantMode.TRAIN)))
+    train = jax.jit(_named(model.train))
     answers = [train(variables, _slice(rows, i, tile)) for i in range(0, _rows(rows), tile)]
     outputs = {k: np.concatenate([np.asarray(a[k]) for a in answers]) for k in answers[0]}
 
     on_stage("Exporting the serving graph")
-    graph, weights = _export(_forward(model(QuantMode.SERVE)), {**variables, **stored}, first)
+    graph, weights = _export(serving, first)
 
     def refuse_if_inexact(written: Bundle) -> None:
         on_stage("Proving exactness: every bucket, any order, any neighbors")
@@ -113,36 +103,22 @@ def convert(
     )
 
 
-def calibrate(model: ModelFactory, variables: Variables, batches: Iterable[Arrays]) -> Variables:
+def calibrate(model: ModelFactory | Convertible, variables: Any, batches: Iterable[Arrays]) -> Any:
     """`variables` with the statistics of `batches`: what static quantization freezes into scales.
 
     Args:
-      model: gives the linen module for a mode, as in `convert`.
+      model: as in `convert`.
       variables: what was trained.
-      batches: typical inputs by the names of the module's arguments, each of shape (rows, ...).
+      batches: typical inputs by the names of the model's arguments, each of shape (rows, ...).
 
     Raises:
       ConversionError: the model keeps no statistics, so that there is nothing to calibrate.
     """
-    module = model(QuantMode.CALIBRATE)
-    calibrated = dict(variables)
+    return _convertible(model).calibrated(variables, map(_canonical, batches))
 
-    @jax.jit
-    def observe(current: Variables, inputs: Arrays) -> Variables:
-        kept = DenyList(tuple(set(variables) - {STATISTICS}))
-        return cast(
-            tuple[Any, Variables], module.apply(current, inputs, method=_call, mutable=kept)
-        )[1]
 
-    for batch in batches:
-        found = observe(calibrated, _canonical(batch))
-        if STATISTICS not in found:
-            raise ConversionError(
-                "the model keeps no statistics in QuantMode.CALIBRATE: give the activations' sides "
-                "a calibration such as MeanOfAbsMaxCalibration, or convert without calibrating"
-            )
-        calibrated[STATISTICS] = found[STATISTICS]
-    return calibrated
+def _convertible(model: ModelFactory | Convertible) -> Convertible:
+    return model if isinstance(model, Convertible) else LinenModel(model)
 
 
 def _canonical(example: Arrays) -> dict[str, np.ndarray[Any, Any]]:
@@ -189,15 +165,13 @@ def _specs(arrays: Arrays) -> tuple[TensorSpec, ...]:
     )
 
 
-def _call(module: nn.Module, inputs: Mapping[str, jax.Array]) -> Any:
-    return module(**inputs)
+def _named(
+    forward: Callable[[Any, Inputs], Any],
+) -> Callable[[Any, Inputs], dict[str, jax.Array]]:
+    """The forward with its outputs by name."""
 
-
-def _forward(module: nn.Module) -> _Forward:
-    """The module as a function of variables and named inputs, to outputs by name."""
-
-    def forward(variables: Variables, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        answer: Any = module.apply(variables, inputs, method=_call)
+    def named_forward(variables: Any, inputs: Inputs) -> dict[str, jax.Array]:
+        answer = forward(variables, inputs)
         if isinstance(answer, Mapping):
             named = {str(name): value for name, value in answer.items()}
         elif isinstance(answer, tuple):
@@ -215,70 +189,12 @@ def _forward(module: nn.Module) -> _Forward:
         # The order in which jax.jit gives a dict back.
         return dict(sorted(named.items()))
 
-    return forward
+    return named_forward
 
 
-def _stored(model: ModelFactory, variables: Variables, inputs: Arrays) -> Mapping[str, Any]:
-    """The collections that CONVERT fills beside those that the model came with."""
-    fresh = DenyList(tuple(variables))
-    module = model(QuantMode.CONVERT)
-
-    # Compiled, as training is: a search for the best scale depends on the order of its sums.
-    @jax.jit
-    def run(variables: Variables, inputs: Arrays) -> Variables:
-        return cast(
-            tuple[Any, Variables], module.apply(variables, inputs, method=_call, mutable=fresh)
-        )[1]
-
-    stored = run(variables, dict(inputs))
-    counts = [
-        leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(variables.get(STATISTICS, {}))[0]
-        if jax.tree_util.keystr(path[-1:], simple=True) == "count"
-    ]
-    if STATISTICS in stored or any(int(count) == 0 for count in counts):
-        raise ConversionError(
-            "the model quantizes with learned statistics, and was never calibrated: run "
-            "`calibrate` on typical data first (`aqt convert --calibration FILE`)"
-        )
-    if not any(map(_is_qtensor, jax.tree.leaves(stored, is_leaf=_is_qtensor))):
-        raise ConversionError(
-            "the model stored no quantized weight in QuantMode.CONVERT: pass the mode that the "
-            "factory is given to each AqtDotGeneral or AqtEinsum, as `rhs_quant_mode` where the "
-            "weight is on the right and `lhs_quant_mode` where it is on the left"
-        )
-    return dict(stored)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Leaf:
-    name: str
-    value: jax.Array
-    role: bundle.Role
-
-
-def _leaves(variables: Variables) -> list[_Leaf]:
-    """The arrays of `variables` in the order in which JAX flattens them."""
-    leaves: list[_Leaf] = []
-    for path, value in jax.tree_util.tree_flatten_with_path(variables, is_leaf=_is_stored)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not _is_stored(value):
-            leaves.append(_Leaf(name=name, value=value, role="float"))
-            continue
-        if isinstance(value, QTensor):
-            leaves.append(_Leaf(name=f"{name}/qvalue", value=value.qvalue, role="qvalue"))
-        if value.scale is not None:
-            leaves.append(_Leaf(name=f"{name}/scale", value=value.scale, role="scale"))
-        if value.bias is not None:
-            leaves.append(_Leaf(name=f"{name}/bias", value=value.bias, role="bias"))
-    return leaves
-
-
-def _export(
-    serve: _Forward, variables: Variables, inputs: Arrays
-) -> tuple[export.Exported, list[_Leaf]]:
+def _export(serving: Serving, inputs: Arrays) -> tuple[export.Exported, list[Leaf]]:
     """The graph over flat weights and inputs, and the weights, which are those that it reads."""
-    leaves, tree = _leaves(variables), jax.tree.structure(variables)
+    leaves, serve = serving.leaves, _named(serving.forward)
 
     def graph_over(kept: Sequence[int]) -> export.Exported:
         def flat(weights: list[jax.Array], arrays: list[jax.Array]) -> list[jax.Array]:
@@ -287,7 +203,7 @@ def _export(
             for position, weight in zip(kept, weights, strict=True):
                 values[position] = weight
             named = dict(zip(inputs, arrays, strict=True))
-            return list(serve(jax.tree.unflatten(tree, values), named).values())
+            return list(serve(values, named).values())
 
         return export.export(jax.jit(flat), platforms=PLATFORMS)(
             [_struct(leaves[i].value) for i in kept], [_struct(x) for x in inputs.values()]
@@ -296,14 +212,6 @@ def _export(
     everything = range(len(leaves))
     read = [i for i in graph_over(everything).module_kept_var_idx if i in everything]
     return graph_over(read), [leaves[i] for i in read]
-
-
-def _is_qtensor(leaf: Any) -> bool:
-    return isinstance(leaf, QTensor)
-
-
-def _is_stored(leaf: Any) -> bool:
-    return isinstance(leaf, QTensor | Scale)
 
 
 def _struct(array: Any) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,186 @@
+"""What can be converted: a training forward, and what serves in its place.
+
+`aqt_engine.convert` knows a model only as a `Convertible`. A Flax linen model is one by its modes.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+from flax.core import DenyList
+
+from aqt_engine.manifest import Role
+from aqt_engine.modes import QuantMode
+from aqt_engine.qtensor import QTensor, Scale
+
+STATISTICS = "aqt_statistics"
+
+ModelFactory = Callable[[QuantMode], nn.Module]
+Inputs = Mapping[str, Any]
+
+
+class ConversionError(ValueError):
+    """A model cannot be converted so that it answers exactly; the message says what prevents it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Leaf:
+    """One array that a bundle may store: what it is called, and what it is to its tensor."""
+
+    name: str
+    value: jax.Array
+    role: Role
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """What serves: `forward` of the values of `leaves`, in their order, and of inputs by name.
+
+    `forward` may leave leaves unread; those do not go into the bundle. It can be traced for any
+    number of rows.
+    """
+
+    leaves: Sequence[Leaf]
+    forward: Callable[[Sequence[jax.Array], Inputs], Any]
+
+
+class Convertible(abc.ABC):
+    """A model that `aqt_engine.convert` takes.
+
+    Answers are an array, a tuple of arrays, or arrays by name.
+    """
+
+    @abc.abstractmethod
+    def train(self, variables: Any, inputs: Inputs) -> Any:
+        """The answer of the training forward, without gradients. It is called under `jax.jit`."""
+
+    @abc.abstractmethod
+    def serving(self, variables: Any, inputs: Inputs) -> Serving:
+        """What serves with the answers of `train`, its weights quantized beforehand.
+
+        Raises:
+          ConversionError: nothing is quantized, or statistics are missing.
+        """
+
+    @abc.abstractmethod
+    def calibrated(self, variables: Any, batches: Iterable[Inputs]) -> Any:
+        """`variables` with the statistics of `batches`.
+
+        Raises:
+          ConversionError: the model keeps no statistics.
+        """
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LinenModel(Convertible):
+    """A Flax linen model, by the function that gives its module for a mode.
+
+    Run once in CONVERT, it stores its quantized weights; in SERVE it reads them, and of the float
+    ones only the shapes.
+    """
+
+    factory: ModelFactory
+
+    def train(self, variables: Any, inputs: Inputs) -> Any:
+        """The module in TRAIN."""
+        return self.factory(QuantMode.TRAIN).apply(variables, inputs, method=_call)
+
+    def serving(self, variables: Any, inputs: Inputs) -> Serving:
+        """The module in SERVE, with the collections that CONVERT fills beside `variables`."""
+        everything = {**variables, **self._stored(variables, inputs)}
+        module = self.factory(QuantMode.SERVE)
+        tree = jax.tree.structure(everything)
+
+        def forward(values: Sequence[jax.Array], inputs: Inputs) -> Any:
+            return module.apply(jax.tree.unflatten(tree, values), inputs, method=_call)
+
+        return Serving(leaves=_leaves(everything), forward=forward)
+
+    def calibrated(self, variables: Any, batches: Iterable[Inputs]) -> Any:
+        """`variables` with the collection `aqt_statistics` as CALIBRATE leaves it."""
+        module = self.factory(QuantMode.CALIBRATE)
+        calibrated = dict(variables)
+
+        @jax.jit
+        def observe(current: Mapping[str, Any], inputs: Inputs) -> Mapping[str, Any]:
+            kept = DenyList(tuple(set(variables) - {STATISTICS}))
+            return _changed(module, current, inputs, kept)
+
+        for batch in batches:
+            found = observe(calibrated, batch)
+            if STATISTICS not in found:
+                raise ConversionError(
+                    "the model keeps no statistics in QuantMode.CALIBRATE: give the activations' "
+                    "sides a calibration such as MeanOfAbsMaxCalibration, or convert without "
+                    "calibrating"
+                )
+            calibrated[STATISTICS] = found[STATISTICS]
+        return calibrated
+
+    def _stored(self, variables: Mapping[str, Any], inputs: Inputs) -> Mapping[str, Any]:
+        fresh = DenyList(tuple(variables))
+        module = self.factory(QuantMode.CONVERT)
+
+        # Compiled, as training is: a search for the best scale depends on the order of its sums.
+        @jax.jit
+        def run(variables: Mapping[str, Any], inputs: Inputs) -> Mapping[str, Any]:
+            return _changed(module, variables, inputs, fresh)
+
+        stored = run(variables, dict(inputs))
+        counts = [
+            leaf
+            for path, leaf in jax.tree_util.tree_flatten_with_path(variables.get(STATISTICS, {}))[0]
+            if jax.tree_util.keystr(path[-1:], simple=True) == "count"
+        ]
+        if STATISTICS in stored or any(int(count) == 0 for count in counts):
+            raise ConversionError(
+                "the model quantizes with learned statistics, and was never calibrated: run "
+                "`calibrate` on typical data first (`aqt convert --calibration FILE`)"
+            )
+        if not any(map(_is_qtensor, jax.tree.leaves(stored, is_leaf=_is_qtensor))):
+            raise ConversionError(
+                "the model stored no quantized weight in QuantMode.CONVERT: pass the mode that the "
+                "factory is given to each AqtDotGeneral or AqtEinsum, as `rhs_quant_mode` where "
+                "the weight is on the right and `lhs_quant_mode` where it is on the left"
+            )
+        return dict(stored)
+
+
+def _call(module: nn.Module, inputs: Inputs) -> Any:
+    return module(**inputs)
+
+
+def _changed(
+    module: nn.Module, variables: Mapping[str, Any], inputs: Inputs, mutable: DenyList
+) -> Mapping[str, Any]:
+    """The collections that a run of `module` changed or made."""
+    run = module.apply(variables, inputs, method=_call, mutable=mutable)
+    return cast(tuple[Any, Mapping[str, Any]], run)[1]
+
+
+def _leaves(variables: Mapping[str, Any]) -> list[Leaf]:
+    """The arrays of `variables` in the order in which JAX flattens them."""
+    leaves: list[Leaf] = []
+    for path, value in jax.tree_util.tree_flatten_with_path(variables, is_leaf=_is_stored)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not _is_stored(value):
+            leaves.append(Leaf(name=name, value=value, role="float"))
+            continue
+        if isinstance(value, QTensor):
+            leaves.append(Leaf(name=f"{name}/qvalue", value=value.qvalue, role="qvalue"))
+        if value.scale is not None:
+            leaves.append(Leaf(name=f"{name}/scale", value=value.scale, role="scale"))
+        if value.bias is not None:
+            leaves.append(Leaf(name=f"{name}/bias", value=value.bias, role="bias"))
+    return leaves
+
+
+def _is_qtensor(leaf: Any) -> bool:
+    return isinstance(leaf, QTensor)
+
+
+def _is_stored(leaf: Any) -> bool:
+    return isinstance(leaf, QTensor | Scale)
