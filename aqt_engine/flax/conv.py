@@ -46,7 +46,8 @@ class AqtConvGeneralDilated(AqtDotGeneral):
         convolution: Callable[..., jax.Array] = jax.lax.conv_general_dilated
         left: Operand = lhs
         right: Operand = rhs
-        if self.config is not None:
+        config = self.configuration()
+        if config is not None:
             call = self.calls.next()
             axes = ConvAxes.parse(
                 lhs.shape,
@@ -63,21 +64,21 @@ class AqtConvGeneralDilated(AqtDotGeneral):
                 self.lhs_quant_mode,
                 numbered(self.lhs_var_name, call),
                 lhs,
-                self.config.fwd.lhs,
+                config.fwd.lhs,
                 (axes.lhs_contracting, ()),
-                functools.partial(quantize_lhs, lhs, axes, config=self.config),
+                functools.partial(quantize_lhs, lhs, axes, config=config),
             )
             right, right_scale = self.side(
                 self.rhs_quant_mode,
                 numbered(self.rhs_var_name, call),
                 rhs,
-                self.config.fwd.rhs,
+                config.fwd.rhs,
                 (axes.rhs_contracting, ()),
-                functools.partial(quantize_rhs, rhs, axes, config=self.config),
+                functools.partial(quantize_rhs, rhs, axes, config=config),
             )
             convolution = functools.partial(
                 conv_general_dilated,
-                config=self.config,
+                config=config,
                 context=Context(key=self.key()),
                 lhs_scale=left_scale,
                 rhs_scale=right_scale,

@@ -68,7 +68,8 @@ class AqtDotGeneral(nn.Module):
           ValueError: a side is in SERVE and nothing was stored for it, or what was stored has
             another shape.
         """
-        if self.config is None:
+        config = self.configuration()
+        if config is None:
             return jax.lax.dot_general(
                 lhs,
                 rhs,
@@ -82,19 +83,19 @@ class AqtDotGeneral(nn.Module):
             self.lhs_quant_mode,
             numbered(self.lhs_var_name, call),
             lhs,
-            self.config.fwd.lhs,
+            config.fwd.lhs,
             (axes.lhs_contracting, axes.lhs_batch),
-            functools.partial(quantize_lhs, lhs, rhs.ndim, dimension_numbers, config=self.config),
+            functools.partial(quantize_lhs, lhs, rhs.ndim, dimension_numbers, config=config),
         )
         right, right_scale = self.side(
             self.rhs_quant_mode,
             numbered(self.rhs_var_name, call),
             rhs,
-            self.config.fwd.rhs,
+            config.fwd.rhs,
             (axes.rhs_contracting, axes.rhs_batch),
-            functools.partial(quantize_rhs, rhs, lhs.ndim, dimension_numbers, config=self.config),
+            functools.partial(quantize_rhs, rhs, lhs.ndim, dimension_numbers, config=config),
         )
-        return self.config(
+        return config(
             left,
             right,
             dimension_numbers,
@@ -104,6 +105,10 @@ class AqtDotGeneral(nn.Module):
             lhs_scale=left_scale,
             rhs_scale=right_scale,
         )
+
+    def configuration(self) -> DotGeneral | None:
+        """`config`. An interceptor of linen methods may give another, as rules and searches do."""
+        return self.config
 
     def key(self) -> jax.Array | None:
         """A fresh key of the stream `prng_name`, if the caller gave one."""
@@ -147,7 +152,8 @@ class AqtDotGeneral(nn.Module):
     ) -> Scale:
         assert isinstance(tensor.calibration, StatisticsCalibration)
         calibration = tensor.calibration
-        if self.config is not None and self.config.fwd.local_aqt is not None:
+        config = self.configuration()
+        if config is not None and config.fwd.local_aqt is not None:
             raise ValueError(
                 f"{'/'.join(self.path)} has `local_aqt` and {type(calibration).__name__}, which "
                 f"keeps no statistics by shard: use one of them"
