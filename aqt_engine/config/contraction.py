@@ -47,6 +47,11 @@ class Tensor:
     dequant_mode: DequantMode = DequantMode.OUTPUT
 
     def __post_init__(self):
+        # One spelling, so that equal configurations are equal and hash alike.
+        if self.scale_dtype is not None:
+            object.__setattr__(self, "scale_dtype", jnp.dtype(self.scale_dtype))
+        if isinstance(self.calib_shared_axes, list):
+            object.__setattr__(self, "calib_shared_axes", tuple(self.calib_shared_axes))
         if self.use_fake_quant and self.dequant_mode is DequantMode.OTHER_INPUT:
             raise ValueError(
                 "`use_fake_quant` multiplies the scale into this operand and "
@@ -164,7 +169,10 @@ class DotGeneralRaw:
             ("dg_in_dtype", self.dg_in_dtype),
             ("dg_accumulator_dtype", self.dg_accumulator_dtype),
         ):
-            if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+            if dtype is None:
+                continue
+            object.__setattr__(self, name, jnp.dtype(dtype))
+            if not jnp.issubdtype(dtype, jnp.integer):
                 continue
             for side, tensor in (("lhs", self.lhs), ("rhs", self.rhs)):
                 if not tensor.is_whole:

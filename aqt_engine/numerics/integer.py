@@ -53,6 +53,8 @@ class IntNumerics(Numerics):
             )
         if self.dtype is None:
             return
+        # One spelling of the dtype, so that equal numerics are equal and hash alike.
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         name = jnp.dtype(self.dtype).name
         integer = jnp.issubdtype(self.dtype, jnp.signedinteger)
         if integer and not (self.preserve_zero and self.round and self.clip):
