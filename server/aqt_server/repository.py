@@ -87,13 +87,13 @@ class Repository:
 
     async def watch(self, settled: Callable[[], Awaitable[None]]) -> None:
         """Loads what the settings say, calls `settled`, then polls until cancelled if they do."""
-        explicit = self._settings.model_control is ModelControl.EXPLICIT
-        names = frozenset(self._settings.load_model)
+        explicit = self._settings.models.model_control is ModelControl.EXPLICIT
+        names = frozenset(self._settings.models.load_model)
         await self._follow(names if explicit and "*" not in names else None)
         self.scanned = True
         await settled()
-        while self._settings.model_control is ModelControl.POLL:
-            await asyncio.sleep(self._settings.poll_s)
+        while self._settings.models.model_control is ModelControl.POLL:
+            await asyncio.sleep(self._settings.models.poll_s)
             await self._follow(None)
 
     def get(self, name: str, version: str) -> Servable:
@@ -194,7 +194,7 @@ class Repository:
             if not all(await asyncio.gather(*drained)):
                 raise DeadlineExceeded(
                     f"model {name!r} is unloaded, but requests that were computing were cut off "
-                    f"after {self._settings.drain_s:g} s"
+                    f"after {self._settings.batching.drain_s:g} s"
                 )
 
         await self._finish(unload())
@@ -210,10 +210,10 @@ class Repository:
         return all(await asyncio.gather(*self._draining))
 
     def _check_explicit(self) -> None:
-        if self._settings.model_control is not ModelControl.EXPLICIT:
+        if self._settings.models.model_control is not ModelControl.EXPLICIT:
             raise NotPermitted(
                 f"models are loaded and unloaded by request only under --model-control explicit, "
-                f"and this server has {self._settings.model_control}"
+                f"and this server has {self._settings.models.model_control}"
             )
 
     async def _finish(self, change: Coroutine[Any, Any, None]) -> None:
@@ -228,7 +228,9 @@ class Repository:
     async def _on_disk(self) -> dict[Key, Fingerprint] | None:
         """What the directory has; None if it cannot be read, which may pass."""
         try:
-            return await asyncio.to_thread(directory.versions, self._settings.model_repository)
+            return await asyncio.to_thread(
+                directory.versions, self._settings.models.model_repository
+            )
         except OSError as error:
             _log.error("the model repository cannot be read: %s", error)
             return None
@@ -286,7 +288,7 @@ class Repository:
             batcher=Batcher(
                 loaded.executor,
                 max_batch_rows=loaded.executor.bucket_rows[-1],
-                queue_rows=self._settings.queue_rows,
+                queue_rows=self._settings.batching.queue_rows,
                 statistics=statistics,
             ),
             statistics=statistics,
@@ -303,9 +305,9 @@ class Repository:
             self.loading = True
             try:
                 return executor.load(
-                    self._settings.model_repository / name / str(version),
-                    max_batch_rows=self._settings.max_batch_rows,
-                    allow_inexact=self._settings.allow_inexact,
+                    self._settings.models.model_repository / name / str(version),
+                    max_batch_rows=self._settings.batching.max_batch_rows,
+                    allow_inexact=self._settings.models.allow_inexact,
                 )
             finally:
                 self.loading = False
@@ -323,7 +325,7 @@ class Repository:
 
     def _drain(self, servable: Servable) -> asyncio.Task[bool]:
         _log.info("unloading %s version %d", servable.name, servable.version)
-        task = asyncio.create_task(servable.batcher.close(self._settings.drain_s))
+        task = asyncio.create_task(servable.batcher.close(self._settings.batching.drain_s))
         self._draining[task] = servable.name, servable.version
         task.add_done_callback(self._draining.pop)
         return task

@@ -43,18 +43,18 @@ def run(settings: Settings) -> None:
     Raises:
       StartError: the repository or a model of it is not there, or a port cannot be had.
     """
-    if not settings.model_repository.is_dir():
+    root = settings.models.model_repository
+    if not root.is_dir():
         raise StartError(
-            f"--model-repository {settings.model_repository} is no directory: give one that holds "
-            f"bundles as NAME/VERSION/"
+            f"--model-repository {root} is no directory: give one that holds bundles as "
+            f"NAME/VERSION/"
         )
-    for name in settings.load_model:
-        if name != "*" and not (settings.model_repository / name).is_dir():
+    for name in settings.models.load_model:
+        if name != "*" and not (root / name).is_dir():
             raise StartError(
-                f"--load-model {name} is not in {settings.model_repository}: name a directory of "
-                f"it, or leave it out"
+                f"--load-model {name} is not in {root}: name a directory of it, or leave it out"
             )
-    _use_compilation_cache(settings.compilation_cache)
+    _use_compilation_cache(settings.models.compilation_cache)
     asyncio.run(_serve(settings))
 
 
@@ -73,26 +73,31 @@ async def _serve(settings: Settings) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     await _set_health(checks, _NOT_SERVING)
-    port = _listen(server, f"{settings.host}:{settings.port}")
+    port = _listen(server, f"{settings.listen.host}:{settings.listen.port}")
     metrics_server = _serve_metrics(settings, repository)
     await server.start()
-    print(f"listening on {settings.host}:{port}", flush=True)
+    print(f"listening on {settings.listen.host}:{port}", flush=True)
     if metrics_server:
-        print(f"metrics on http://{settings.host}:{metrics_server.server_port}/metrics", flush=True)
+        print(
+            f"metrics on http://{settings.listen.host}:{metrics_server.server_port}/metrics",
+            flush=True,
+        )
 
     async def settled() -> None:
         await _set_health(checks, _SERVING)
 
     watching = asyncio.create_task(repository.watch(settled))
     await stop.wait()
-    _log.info("stopping: accepted requests have %g s to finish", settings.drain_s)
+    _log.info("stopping: accepted requests have %g s to finish", settings.batching.drain_s)
     watching.cancel()
     await _set_health(checks, _NOT_SERVING)
     # The door stays open while the accepted requests finish and a moment longer, so that new ones
     # hear UNAVAILABLE and go elsewhere: what arrives just as gRPC stops, it answers CANCELLED.
     answered = await repository.close()
     if not answered:
-        _log.error("requests were still computing after %g s and are cut off", settings.drain_s)
+        _log.error(
+            "requests were still computing after %g s and are cut off", settings.batching.drain_s
+        )
     await asyncio.sleep(_REFUSING_S)
     await server.stop(grace=1)
     if not answered or repository.loading:
@@ -105,8 +110,8 @@ async def _serve(settings: Settings) -> None:
 def _grpc_server(settings: Settings, repository: Repository, checks: Any) -> grpc.aio.Server:
     server = grpc.aio.server(
         options=[
-            ("grpc.max_receive_message_length", settings.max_message_bytes),
-            ("grpc.max_send_message_length", settings.max_message_bytes),
+            ("grpc.max_receive_message_length", settings.limits.max_message_bytes),
+            ("grpc.max_send_message_length", settings.limits.max_message_bytes),
             # Else a second server on the same port starts, and takes half of the requests.
             ("grpc.so_reuseport", 0),
         ]
@@ -132,14 +137,15 @@ def _listen(server: grpc.aio.Server, address: str) -> int:
 
 
 def _serve_metrics(settings: Settings, repository: Repository) -> WSGIServer | None:
-    if settings.metrics_port < 0:
+    host, port = settings.listen.host, settings.listen.metrics_port
+    if port < 0:
         return None
     try:
-        return metrics.serve(repository, host=settings.host, port=settings.metrics_port)
+        return metrics.serve(repository, host=host, port=port)
     except OSError as error:
         raise StartError(
-            f"cannot listen on {settings.host}:{settings.metrics_port} for metrics ({error}): is "
-            f"the port taken? choose another with --metrics-port, or -1 for none"
+            f"cannot listen on {host}:{port} for metrics ({error}): is the port taken? choose "
+            f"another with --metrics-port, or -1 for none"
         ) from error
 
 

@@ -1,13 +1,25 @@
-"""All settings of the server, each from a flag, an environment variable, or its default."""
+"""All settings of the server, in groups by the question that they answer.
 
+A setting has one name everywhere: `port` is the flag --port, the variable AQT_PORT and the key
+`port` in the table `[listen]` of a file. `configuration` reads them. None holds a secret: what is
+secret stands in a file, and a setting says in which.
+"""
+
+import dataclasses
 import enum
 from pathlib import Path
-from typing import Self
+from typing import Annotated
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-_MIB = 2**20
+MIB = 2**20
+
+
+class Contradiction(Exception):
+    """Settings that do not go together.
+
+    The sentence has each of them in braces, for whoever knows where they were given.
+    """
 
 
 class ModelControl(enum.StrEnum):
@@ -21,81 +33,137 @@ class ModelControl(enum.StrEnum):
     """Nobody: what is there at the start is loaded, and stays."""
 
 
-class Settings(BaseSettings):
-    """Serves the bundles of a model repository over the Open Inference Protocol (gRPC).
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """Which models are served."""
 
-    Each option may also be given as an environment variable: AQT_PORT for --port, and so on.
-    """
+    model_repository: Annotated[
+        Path, Field(title="DIR", description="directory of bundles, NAME/VERSION/")
+    ]
+    model_control: Annotated[
+        ModelControl,
+        Field(
+            title="WHO",
+            description="poll: load versions that appear in the repository, drain and unload "
+            "versions that vanish; explicit: load and unload as clients ask for it; none: load "
+            "what is there at the start",
+        ),
+    ] = ModelControl.POLL
+    load_model: Annotated[
+        tuple[str, ...],
+        Field(
+            title="NAME",
+            description="a model to load at the start under --model-control explicit, '*' for all; "
+            "may be repeated",
+        ),
+    ] = ()
+    poll_s: Annotated[
+        PositiveFloat,
+        Field(
+            title="SECONDS",
+            description="between two looks at the repository under --model-control poll; raise it "
+            "where a look is slow, as on network storage",
+        ),
+    ] = 2.0
+    allow_inexact: Annotated[
+        bool,
+        Field(
+            description="serve versions whose witness does not reproduce here; their responses say "
+            "`aqt_exact: false`"
+        ),
+    ] = False
+    compilation_cache: Annotated[
+        Path,
+        Field(
+            title="DIR",
+            description="compiled executables, so that a restart does not compile again; put it on "
+            "a volume that outlives the container. It is trusted: only the server may write there",
+        ),
+    ] = Path("~/.cache/aqt/compiled")
 
-    model_config = SettingsConfigDict(
-        env_prefix="AQT_",
-        frozen=True,
-        cli_prog_name="aqt serve",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        # Else a directory `model/` would be reserved by pydantic.
-        protected_namespaces=(),
-    )
 
-    model_repository: Path = Field(description="directory of bundles, NAME/VERSION/")
-    host: str = Field(
-        default="127.0.0.1", description="address to listen on; 0.0.0.0 for all, as in a container"
-    )
-    port: int = Field(default=8001, ge=0, le=65535, description="port to listen on; 0 for any free")
-    max_batch_rows: PositiveInt = Field(
-        default=64,
-        description="rows computed at once, rounded up to whole buckets of tiles; more raises "
-        "throughput and the latency under load",
-    )
-    queue_rows: PositiveInt = Field(
-        default=1024,
-        description="rows of a model that may wait before requests are refused with "
-        "RESOURCE_EXHAUSTED; also the most rows of one request",
-    )
-    max_message_bytes: PositiveInt = Field(
-        default=64 * _MIB, description="largest request and response, in bytes"
-    )
-    metrics_port: int = Field(
-        default=8002,
-        ge=-1,
-        le=65535,
-        description="port of the Prometheus metrics, at /metrics; 0 for any free, -1 for none",
-    )
-    model_control: ModelControl = Field(
-        default=ModelControl.POLL,
-        description="poll: load versions that appear in the repository, drain and unload versions "
-        "that vanish; explicit: load and unload as clients ask for it; none: load what is there at "
-        "the start",
-    )
-    load_model: tuple[str, ...] = Field(
-        default=(),
-        description="name of a model to load at the start under --model-control explicit, '*' for "
-        "all; may be repeated",
-    )
-    poll_s: PositiveFloat = Field(
-        default=2.0,
-        description="seconds between two looks at the repository under --model-control poll",
-    )
-    drain_s: NonNegativeFloat = Field(
-        default=30.0,
-        description="seconds that accepted requests have to finish after SIGTERM or SIGINT, or "
-        "when their version is unloaded; what takes longer is cut off",
-    )
-    compilation_cache: Path = Field(
-        default=Path("~/.cache/aqt/compiled"),
-        description="directory of compiled executables, so that a restart does not compile again",
-    )
-    allow_inexact: bool = Field(
-        default=False,
-        description="serve versions whose witness does not reproduce here; their responses say "
-        "`aqt_exact: false`",
-    )
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Batching:
+    """How much is computed at once, and how much may wait."""
 
-    @model_validator(mode="after")
-    def _check_load_model(self) -> Self:
-        if self.load_model and self.model_control is not ModelControl.EXPLICIT:
-            raise ValueError(
-                f"--load-model needs --model-control explicit, and it is {self.model_control}"
+    max_batch_rows: Annotated[
+        PositiveInt,
+        Field(
+            title="ROWS",
+            description="computed at once, rounded up to whole buckets of tiles; more raises "
+            "throughput, and latency under load, and the time that loading takes",
+        ),
+    ] = 64
+    queue_rows: Annotated[
+        PositiveInt,
+        Field(
+            title="ROWS",
+            description="of a model that may wait before requests are refused with "
+            "RESOURCE_EXHAUSTED, and the most of one request; lower it to fail sooner under "
+            "overload",
+        ),
+    ] = 1024
+    drain_s: Annotated[
+        NonNegativeFloat,
+        Field(
+            title="SECONDS",
+            description="that accepted requests have to finish after SIGTERM or SIGINT, or when "
+            "their version is unloaded; what takes longer is cut off. Keep it below what the "
+            "orchestrator waits before it kills",
+        ),
+    ] = 30.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Listen:
+    """Where the server listens."""
+
+    host: Annotated[
+        str,
+        Field(title="ADDRESS", description="to listen on; 0.0.0.0 for all, as in a container"),
+    ] = "127.0.0.1"
+    port: Annotated[
+        int, Field(ge=0, le=65535, title="PORT", description="of gRPC; 0 for any free one")
+    ] = 8001
+    metrics_port: Annotated[
+        int,
+        Field(
+            ge=-1,
+            le=65535,
+            title="PORT",
+            description="of the Prometheus metrics, at /metrics; 0 for any free one, -1 for none",
+        ),
+    ] = 8002
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How much a client may ask of the server."""
+
+    max_message_bytes: Annotated[
+        PositiveInt,
+        Field(
+            title="BYTES",
+            le=2**31 - 1,
+            description="of the largest request and response. Each connection can make the server "
+            "hold that much before anything is checked: raise it for large tensors, as far as "
+            "memory allows for all connections together",
+        ),
+    ] = 64 * MIB
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All of them. A field is a table in a file; its settings are flags and variables too."""
+
+    models: Models
+    batching: Batching = Batching()
+    listen: Listen = Listen()
+    limits: Limits = Limits()
+
+    def __post_init__(self):
+        if self.models.load_model and self.models.model_control is not ModelControl.EXPLICIT:
+            raise Contradiction(
+                "{load_model} needs {model_control} explicit, and it is "
+                f"{self.models.model_control}"
             )
-        return self
