@@ -45,15 +45,20 @@ class Quantizer:
     def calibrate(self, x: jax.Array, calibration_axes: int | Sequence[int] | None = None) -> Scale:
         """The scale of `x`, and its bias if it has one: the shape of `x` with 1 in shared axes.
 
+        Where no values share a scale, as an axis has size 0, it is 1.
+
         Raises:
           ValueError: the numerics quantize nothing, so that there is no scale.
         """
         numerics = self._numerics()
         axes = shared_axes(self.calib_shared_axes, calibration_axes, x.ndim)
+        dtype = x.dtype if self.scale_dtype is None else self.scale_dtype
+        if any(x.shape[axis] == 0 for axis in axes):
+            reduced = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
+            return Scale(jnp.ones(reduced, dtype))
         scale = self.calibration.scale(x, axes, numerics)
         if self.po2_scale:
             scale = ceil_to_power_of_two(scale)
-        dtype = x.dtype if self.scale_dtype is None else self.scale_dtype
         scale = scale.astype(dtype)
         bias = self.calibration.bias(x, axes, scale, numerics)
         calibrated = Scale(scale, None if bias is None else bias.astype(dtype))

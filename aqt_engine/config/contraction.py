@@ -16,8 +16,9 @@ from aqt_engine.calibration import AbsMaxCalibration, Calibration
 from aqt_engine.context import Context
 from aqt_engine.modes import CalibrationMode, DequantMode
 from aqt_engine.numerics import IntNumerics, NoNumerics, Numerics
-from aqt_engine.ops.axes import Axes
-from aqt_engine.ops.dot_general import DimensionNumbers, Operand, dot_general
+from aqt_engine.ops.axes import Axes, DimensionNumbers
+from aqt_engine.ops.dot_general import dot_general
+from aqt_engine.ops.operand import Operand
 from aqt_engine.qtensor import Scale
 from aqt_engine.quantizer import Quantizer, SharedAxes
 

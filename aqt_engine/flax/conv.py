@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from aqt_engine.context import Context
 from aqt_engine.flax.linen import AqtDotGeneral, numbered
 from aqt_engine.ops.conv import conv_general_dilated, quantize_lhs, quantize_rhs
-from aqt_engine.ops.dot_general import Operand
+from aqt_engine.ops.operand import Operand
 from aqt_engine.ops.windows import ConvAxes
 
 

@@ -26,8 +26,9 @@ from aqt_engine.context import Context
 from aqt_engine.modes import QuantMode
 from aqt_engine.numerics import NoNumerics
 from aqt_engine.ops.axes import Axes, DimensionNumbers, DotAxes
-from aqt_engine.ops.dot_general import Operand, quantize_lhs, quantize_rhs
+from aqt_engine.ops.dot_general import quantize_lhs, quantize_rhs
 from aqt_engine.ops.einsum import contract, plan
+from aqt_engine.ops.operand import Operand
 from aqt_engine.qtensor import QTensor, Scale
 from aqt_engine.quantizer import shared_axes
 from aqt_engine.statistics import KnownBound, Statistics, StatisticsCalibration

@@ -23,6 +23,7 @@ from jax import lax
 from aqt_engine.modes import DequantMode
 from aqt_engine.numerics import IntNumerics
 from aqt_engine.ops.axes import Axes, DotAxes
+from aqt_engine.ops.operand import require_shared
 from aqt_engine.qtensor import QTensor
 
 if TYPE_CHECKING:
@@ -72,39 +73,32 @@ def contract(
     return _biases_corrected(out, lhs, rhs, axes, count)
 
 
-def check_accumulator(raw: "DotGeneralRaw", count: int) -> None:
-    """Refuses a sum of `count` products that could overflow an integer accumulator.
-
-    Raises:
-      ValueError: it could.
-    """
+def accumulator_limit(raw: "DotGeneralRaw") -> int | None:
+    """How many products an integer accumulator holds at these bits; None where it is float."""
     dtype = raw.dg_accumulator_dtype
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
-        return
+        return None
     # Without its zero point, a value reaches as far as the whole range.
     bounds = [
         2 * n.quant_bound() if t.calibration.has_zero_point else n.clip_bound()
         for t in (raw.lhs, raw.rhs)
         if isinstance(n := t.numerics, IntNumerics)
     ]
-    limit = int(jnp.iinfo(dtype).max // math.prod(bounds))
-    if count > limit:
-        raise ValueError(
-            f"a contraction of {count} values could overflow its {np.dtype(dtype).name} "
-            f"accumulator, which holds {limit} at these bits: split the contraction"
-        )
+    return int(jnp.iinfo(dtype).max // math.prod(bounds))
 
 
-def require_shared(side: str, scale: jax.Array, contracting: Axes) -> None:
-    """Refuses a scale that varies along contracted axes.
+def check_accumulator(raw: "DotGeneralRaw", count: int) -> None:
+    """Refuses a sum of `count` products that could overflow an integer accumulator.
 
     Raises:
-      ValueError: it does.
+      ValueError: it could.
     """
-    if any(scale.shape[a] != 1 for a in contracting):
+    limit = accumulator_limit(raw)
+    if limit is not None and count > limit:
         raise ValueError(
-            f"the scale of `{side}`, of shape {scale.shape}, varies along contracted axes "
-            f"{contracting}: add them to `calib_shared_axes`, or set `use_fake_quant`"
+            f"a contraction of {count} values could overflow its "
+            f"{np.dtype(raw.dg_accumulator_dtype).name} accumulator, which holds {limit} at these "
+            f"bits: split the contraction"
         )
 
 

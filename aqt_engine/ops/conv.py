@@ -25,8 +25,17 @@ from jax.typing import DTypeLike
 from aqt_engine.context import Context
 from aqt_engine.modes import DequantMode
 from aqt_engine.ops.axes import Axes
-from aqt_engine.ops.contraction import check_accumulator, require_shared, split_key
-from aqt_engine.ops.dot_general import Operand
+from aqt_engine.ops.contraction import check_accumulator, split_key
+from aqt_engine.ops.operand import (
+    Given,
+    Key,
+    Operand,
+    as_forward_quantized,
+    quantize,
+    refuse_gradient,
+    require_float,
+    require_taken_out,
+)
 from aqt_engine.ops.rescaling import Side, operands, rescaled
 from aqt_engine.ops.windows import ConvAxes, Windows, summed
 from aqt_engine.qtensor import QTensor, Scale
@@ -34,8 +43,6 @@ from aqt_engine.quantizer import Gradient
 
 if TYPE_CHECKING:
     from aqt_engine.config import DotGeneral, DotGeneralRaw, Tensor
-
-_Key = jax.Array | None
 
 
 def conv_general_dilated(
@@ -72,12 +79,7 @@ def conv_general_dilated(
       ValueError: likewise; or a scale varies along what is summed, an int32 sum could overflow,
         noise is drawn without a key, or `local_aqt` or `DequantMode.OTHER_INPUT` is configured.
     """
-    for side, operand in (("lhs", lhs), ("rhs", rhs)):
-        if not jnp.issubdtype(operand.dtype, jnp.floating):
-            raise TypeError(
-                f"`{side}` has dtype {operand.dtype}, and only floating-point tensors are "
-                f"quantized: cast it, or convolve it with `jax.lax.conv_general_dilated`"
-            )
+    require_float(lhs, rhs)
     if any(c.local_aqt is not None for c in (config.fwd, config.dlhs, config.drhs)):
         raise ValueError("`local_aqt` splits a contracted axis, and a convolution splits none")
     axes = ConvAxes.parse(
@@ -94,7 +96,7 @@ def conv_general_dilated(
     precision = lax.Precision.DEFAULT if precision is None else precision
     stored = isinstance(lhs, QTensor) or isinstance(rhs, QTensor)
     convolution = _conv_stored if stored else _conv
-    given = _Given(context.key, lhs_scale, rhs_scale)
+    given = Given(context.key, lhs_scale, rhs_scale)
     out = cast(jax.Array, convolution(config, axes, precision, lhs, rhs, given))
     return out.astype(lhs.dtype if preferred_element_type is None else preferred_element_type)
 
@@ -109,18 +111,6 @@ def quantize_rhs(x: jax.Array, axes: ConvAxes, *, config: "DotGeneral") -> QTens
     return _quantize_forward("rhs", config.fwd.rhs, x, axes.rhs_contracting, None, None)[0]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["key", "lhs_scale", "rhs_scale"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Given:
-    """What a convolution is given beside its operands, and no gradient flows into."""
-
-    key: _Key
-    lhs_scale: Scale | None
-    rhs_scale: Scale | None
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _conv_stored(
     config: "DotGeneral",
@@ -128,7 +118,7 @@ def _conv_stored(
     precision: lax.PrecisionLike,
     lhs: Operand,
     rhs: Operand,
-    given: _Given,
+    given: Given,
 ) -> jax.Array:
     return _forward(config, axes, precision, lhs, rhs, given)[0]
 
@@ -137,15 +127,7 @@ def _conv_stored_fwd(*args: Any) -> tuple[jax.Array, None]:
     return _conv_stored(*args), None
 
 
-def _conv_stored_bwd(*_: Any):
-    # Plain differentiation would go through the rounding and give zeros without a word.
-    raise TypeError(
-        "a convolution with a stored QTensor has no gradient: differentiate the model in "
-        "QuantMode.TRAIN"
-    )
-
-
-_conv_stored.defvjp(_conv_stored_fwd, _conv_stored_bwd)
+_conv_stored.defvjp(_conv_stored_fwd, refuse_gradient)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -155,7 +137,7 @@ def _conv(
     precision: lax.PrecisionLike,
     lhs: jax.Array,
     rhs: jax.Array,
-    given: _Given,
+    given: Given,
 ) -> jax.Array:
     return _forward(config, axes, precision, lhs, rhs, given)[0]
 
@@ -170,8 +152,8 @@ def _forward(
     precision: lax.PrecisionLike,
     lhs: Operand,
     rhs: Operand,
-    given: _Given,
-) -> tuple[jax.Array, tuple[_Residual, _Residual, _Key, _Key]]:
+    given: Given,
+) -> tuple[jax.Array, tuple[_Residual, _Residual, Key, Key]]:
     fwd_key, dlhs_key, drhs_key = split_key(given.key, 3)
     lhs_key, rhs_key = split_key(fwd_key, 2)
     lhs_q, lhs_gradient = _quantize_forward(
@@ -196,7 +178,7 @@ def _backward(
     config: "DotGeneral",
     axes: ConvAxes,
     precision: lax.PrecisionLike,
-    residuals: tuple[_Residual, _Residual, _Key, _Key],
+    residuals: tuple[_Residual, _Residual, Key, Key],
     g: jax.Array,
 ) -> tuple[jax.Array, jax.Array, None]:
     (lhs, lhs_gradient), (rhs, rhs_gradient), dlhs_key, drhs_key = residuals
@@ -206,9 +188,11 @@ def _backward(
     g = axes.to_out(g)
     sizes = (left.shape[1:-2], right.shape[:-3], g.shape[1:-2])
     windows = axes.windows.dlhs(*sizes)
-    dlhs = _dlhs(config.dlhs, *_as_forward_quantized(g, right), windows, precision, dlhs_key)
+    g_scaled, other = as_forward_quantized(g, right, (), _as_it_is)
+    dlhs = _dlhs(config.dlhs, g_scaled, other, windows, precision, dlhs_key)
     windows = axes.windows.drhs(*sizes)
-    drhs = _drhs(config.drhs, *_as_forward_quantized(g, left), windows, precision, drhs_key)
+    g_scaled, other = as_forward_quantized(g, left, (), _as_it_is)
+    drhs = _drhs(config.drhs, g_scaled, other, windows, precision, drhs_key)
     return (
         lhs_gradient(axes.from_lhs(dlhs)).astype(lhs.dtype),
         rhs_gradient(axes.from_rhs(drhs)).astype(rhs.dtype),
@@ -225,7 +209,7 @@ def _dlhs(
     kernel: jax.Array,
     windows: Windows,
     precision: lax.PrecisionLike,
-    key: _Key,
+    key: Key,
 ) -> jax.Array:
     """The gradient (N, *T, G, O) over the reversed kernel (*K, O, G, C): (N, *S, G, C)."""
     g_key, kernel_key = split_key(key, 2)
@@ -241,7 +225,7 @@ def _drhs(
     lhs: jax.Array,
     windows: Windows,
     precision: lax.PrecisionLike,
-    key: _Key,
+    key: Key,
 ) -> jax.Array:
     """The left operand (C, *S, G, N) under the gradient (*T, N, G, O): (*K, C, G, O)."""
     g_key, lhs_key = split_key(key, 2)
@@ -251,20 +235,6 @@ def _drhs(
     lhs_q = _quantize_left(raw.rhs, jnp.swapaxes(lhs, 0, -1), lhs_key)
     out = _contract_in_parts(raw.swapped(), lhs_q, g_q, windows, precision)
     return jnp.moveaxis(out, 0, -3)
-
-
-def _as_forward_quantized(g: jax.Array, other: Any) -> tuple[jax.Array, jax.Array]:
-    """The gradient times the other operand's scale, and that operand's integers in float."""
-    if not isinstance(other, QTensor):
-        return g, other
-    if other.scale is None:
-        return g, other.qvalue
-    if other.bias is not None:
-        raise ValueError(
-            "`use_fwd_quant` takes the forward's integers without their bias, and this side is "
-            "calibrated with one: set `use_fwd_quant=False`, or calibrate symmetrically"
-        )
-    return g * other.scale.astype(g.dtype), other.qvalue.astype(other.dequant_dtype)
 
 
 def _contract_in_parts(
@@ -310,8 +280,8 @@ def _contract(
 ) -> jax.Array:
     """(N, *S, G, C) over (*K, C, G, O): (N, *T, G, O), in the promoted float dtype."""
     raw, lhs, rhs = operands(raw, lhs, rhs)
-    _require_shared("lhs", lhs, _left_contracting(lhs.ndim))
-    _require_shared("rhs", rhs, _right_contracting(rhs.ndim))
+    require_taken_out("lhs", lhs, _left_contracting(lhs.ndim))
+    require_taken_out("rhs", rhs, _right_contracting(rhs.ndim))
     check_accumulator(raw, summed(rhs.qvalue))
     left, right = lhs.qvalue, rhs.qvalue
     convolve = functools.partial(
@@ -340,31 +310,30 @@ def _contract(
 
 
 def _quantize_forward(
-    side: str, tensor: "Tensor", x: Operand, contracting: Axes, key: _Key, scale: Scale | None
+    side: str, tensor: "Tensor", x: Operand, contracting: Axes, key: Key, scale: Scale | None
 ) -> tuple[QTensor, Gradient | None]:
     """An operand as the caller has it; what is a `QTensor` already has no gradient."""
     gradient = None
     if isinstance(x, QTensor):
         q = x
-    elif scale is not None and tensor.is_quantized:
-        given = jax.tree.map(lax.stop_gradient, scale)
-        q, gradient = tensor.quantizer(key).quant_with(given, x)
     else:
-        axes = tensor.shared_by(x.ndim, contracting, ())
-        q, gradient = tensor.quantizer(key).quant(x, calibration_axes=axes)
+        q, gradient = quantize(tensor, x, contracting, (), key, scale)
     if tensor.dequantized_at is not DequantMode.THIS_INPUT:
-        _require_shared(side, q, contracting)
+        require_taken_out(side, q, contracting)
     return q, gradient
 
 
-def _quantize_left(tensor: "Tensor", x: jax.Array, key: _Key) -> QTensor:
-    axes = tensor.shared_by(x.ndim, _left_contracting(x.ndim), (x.ndim - 2,))
-    return tensor.quantizer(key).quant(x, calibration_axes=axes)[0]
+def _quantize_left(tensor: "Tensor", x: jax.Array, key: Key) -> QTensor:
+    return quantize(tensor, x, _left_contracting(x.ndim), (x.ndim - 2,), key, None)[0]
 
 
-def _quantize_right(tensor: "Tensor", x: jax.Array, key: _Key) -> QTensor:
-    axes = tensor.shared_by(x.ndim, _right_contracting(x.ndim), (x.ndim - 2,))
-    return tensor.quantizer(key).quant(x, calibration_axes=axes)[0]
+def _quantize_right(tensor: "Tensor", x: jax.Array, key: Key) -> QTensor:
+    return quantize(tensor, x, _right_contracting(x.ndim), (x.ndim - 2,), key, None)[0]
+
+
+def _as_it_is(scale: jax.Array) -> jax.Array:
+    """A scale of the common layout, laid out over the output: by broadcasting."""
+    return scale
 
 
 def _left_contracting(ndim: int) -> Axes:
@@ -373,9 +342,3 @@ def _left_contracting(ndim: int) -> Axes:
 
 def _right_contracting(ndim: int) -> Axes:
     return tuple(range(ndim - 2))
-
-
-def _require_shared(side: str, q: QTensor, contracting: Axes) -> None:
-    for part in (q.scale, q.bias):
-        if part is not None:
-            require_shared(side, part, contracting)

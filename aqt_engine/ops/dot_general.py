@@ -11,9 +11,7 @@ contractions is quantized in the same manner by its own configuration. Method: A
 Training, as in Abdolrashidi et al., arXiv:2105.03536.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -23,15 +21,21 @@ from jax.typing import DTypeLike
 
 from aqt_engine.context import Context
 from aqt_engine.ops.axes import Axes, DimensionNumbers, DotAxes
-from aqt_engine.ops.contraction import contract, require_shared, split_key
+from aqt_engine.ops.contraction import contract, split_key
+from aqt_engine.ops.operand import (
+    Given,
+    Key,
+    Operand,
+    as_forward_quantized,
+    quantize,
+    refuse_gradient,
+    require_float,
+)
 from aqt_engine.qtensor import QTensor, Scale
 from aqt_engine.quantizer import Gradient
 
 if TYPE_CHECKING:
-    from aqt_engine.config import DotGeneral, DotGeneralRaw, Tensor
-
-Operand = jax.Array | QTensor
-_Key = jax.Array | None
+    from aqt_engine.config import DotGeneral, DotGeneralRaw
 
 
 def dot_general(
@@ -64,12 +68,7 @@ def dot_general(
       ValueError: a scale varies along a contracted axis, an int32 sum could overflow, or noise is
         drawn without a key.
     """
-    for side, operand in (("lhs", lhs), ("rhs", rhs)):
-        if not jnp.issubdtype(operand.dtype, jnp.floating):
-            raise TypeError(
-                f"`{side}` has dtype {operand.dtype}, and only floating-point tensors are "
-                f"quantized: cast it, or contract it with `jax.lax.dot_general`"
-            )
+    require_float(lhs, rhs)
     sharded = config.fwd.local_aqt is not None
     axes = DotAxes.parse(
         dimension_numbers,
@@ -98,7 +97,7 @@ def quantize_lhs(
     """`x` as the forward pass quantizes its left side, with `scale` if given: what is stored."""
     axes = DotAxes.parse(dimension_numbers, x.ndim, rhs_ndim)
     x, contracting, batch = _sharded(config.fwd, x, axes.lhs_contracting, axes.lhs_batch)
-    return _quantize(config.fwd.lhs, x, contracting, batch, None, scale)[0]
+    return quantize(config.fwd.lhs, x, contracting, batch, None, scale)[0]
 
 
 def quantize_rhs(
@@ -112,19 +111,7 @@ def quantize_rhs(
     """`x` as the forward pass quantizes its right side, with `scale` if given: what is stored."""
     axes = DotAxes.parse(dimension_numbers, lhs_ndim, x.ndim)
     x, contracting, batch = _sharded(config.fwd, x, axes.rhs_contracting, axes.rhs_batch)
-    return _quantize(config.fwd.rhs, x, contracting, batch, None, scale)[0]
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["key", "lhs_scale", "rhs_scale"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True, slots=True)
-class Given:
-    """What a contraction is given beside its operands, and no gradient flows into."""
-
-    key: _Key
-    lhs_scale: Scale | None
-    rhs_scale: Scale | None
+    return quantize(config.fwd.rhs, x, contracting, batch, None, scale)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -140,10 +127,10 @@ def _contract_stored(
     lhs_key, rhs_key = split_key(split_key(given.key, 3)[0], 2)
     if not isinstance(lhs, QTensor):
         sides = (axes.lhs_contracting, axes.lhs_batch)
-        lhs = _quantize(raw.lhs, lhs, *sides, lhs_key, given.lhs_scale)[0]
+        lhs = quantize(raw.lhs, lhs, *sides, lhs_key, given.lhs_scale)[0]
     if not isinstance(rhs, QTensor):
         sides = (axes.rhs_contracting, axes.rhs_batch)
-        rhs = _quantize(raw.rhs, rhs, *sides, rhs_key, given.rhs_scale)[0]
+        rhs = quantize(raw.rhs, rhs, *sides, rhs_key, given.rhs_scale)[0]
     return contract(raw, lhs, rhs, axes, precision).astype(lhs.dtype)
 
 
@@ -151,15 +138,7 @@ def _contract_stored_fwd(*args: Any) -> tuple[jax.Array, None]:
     return _contract_stored(*args), None
 
 
-def _contract_stored_bwd(*_: Any):
-    # Plain differentiation would go through the rounding and give zeros without a word.
-    raise TypeError(
-        "a contraction with a stored QTensor has no gradient: differentiate the model in "
-        "QuantMode.TRAIN"
-    )
-
-
-_contract_stored.defvjp(_contract_stored_fwd, _contract_stored_bwd)
+_contract_stored.defvjp(_contract_stored_fwd, refuse_gradient)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -185,13 +164,13 @@ def _forward(
     lhs: jax.Array,
     rhs: jax.Array,
     given: Given,
-) -> tuple[jax.Array, tuple[_Residual, _Residual, _Key, _Key]]:
+) -> tuple[jax.Array, tuple[_Residual, _Residual, Key, Key]]:
     fwd_key, dlhs_key, drhs_key = split_key(given.key, 3)
     lhs_key, rhs_key = split_key(fwd_key, 2)
     sides = (axes.lhs_contracting, axes.lhs_batch)
-    lhs_q, lhs_gradient = _quantize(config.fwd.lhs, lhs, *sides, lhs_key, given.lhs_scale)
+    lhs_q, lhs_gradient = quantize(config.fwd.lhs, lhs, *sides, lhs_key, given.lhs_scale)
     sides = (axes.rhs_contracting, axes.rhs_batch)
-    rhs_q, rhs_gradient = _quantize(config.fwd.rhs, rhs, *sides, rhs_key, given.rhs_scale)
+    rhs_q, rhs_gradient = quantize(config.fwd.rhs, rhs, *sides, rhs_key, given.rhs_scale)
     out = contract(config.fwd, lhs_q, rhs_q, axes, precision)
     lhs_kept = lhs_q if config.drhs.rhs.use_fwd_quant else lhs
     rhs_kept = rhs_q if config.dlhs.rhs.use_fwd_quant else rhs
@@ -207,15 +186,15 @@ def _backward(
     config: "DotGeneral",
     axes: DotAxes,
     precision: lax.PrecisionLike,
-    residuals: tuple[_Residual, _Residual, _Key, _Key],
+    residuals: tuple[_Residual, _Residual, Key, Key],
     g: jax.Array,
 ) -> tuple[jax.Array, jax.Array, None]:
     (lhs, lhs_gradient), (rhs, rhs_gradient), dlhs_key, drhs_key = residuals
     dlhs_axes, to_lhs = axes.dlhs()
     drhs_axes, to_rhs = axes.drhs()
-    g_scaled, other = _as_forward_quantized(g, rhs, axes.rhs_contracting, axes.rhs_to_output)
+    g_scaled, other = as_forward_quantized(g, rhs, axes.rhs_contracting, axes.rhs_to_output)
     dlhs = _quantize_and_contract(config.dlhs, g_scaled, other, dlhs_axes, precision, dlhs_key)
-    g_scaled, other = _as_forward_quantized(g, lhs, axes.lhs_contracting, axes.lhs_to_output)
+    g_scaled, other = as_forward_quantized(g, lhs, axes.lhs_contracting, axes.lhs_to_output)
     drhs = _quantize_and_contract(config.drhs, g_scaled, other, drhs_axes, precision, drhs_key)
     return (
         lhs_gradient(jnp.transpose(dlhs, to_lhs)).astype(lhs.dtype),
@@ -227,39 +206,18 @@ def _backward(
 _dot_general.defvjp(_forward, _backward)
 
 
-def _as_forward_quantized(
-    g: jax.Array,
-    other: jax.Array | QTensor,
-    contracting: Axes,
-    to_output: Callable[[jax.Array], jax.Array],
-) -> tuple[jax.Array, jax.Array]:
-    """The gradient times the other operand's scale, and that operand's integers in float."""
-    if not isinstance(other, QTensor):
-        return g, other
-    if other.scale is None:
-        return g, other.qvalue
-    if other.bias is not None:
-        raise ValueError(
-            "`use_fwd_quant` takes the forward's integers without their bias, and this side is "
-            "calibrated with one: set `use_fwd_quant=False`, or calibrate symmetrically"
-        )
-    require_shared("the forward's operand", other.scale, contracting)
-    scaled = g * to_output(other.scale).astype(g.dtype)
-    return scaled, other.qvalue.astype(other.dequant_dtype)
-
-
 def _quantize_and_contract(
     raw: "DotGeneralRaw",
     lhs: jax.Array,
     rhs: jax.Array,
     axes: DotAxes,
     precision: lax.PrecisionLike,
-    key: _Key,
+    key: Key,
 ) -> jax.Array:
     lhs_key, rhs_key = split_key(key, 2)
     lhs, rhs, axes = _shard_contraction(raw, lhs, rhs, axes)
-    lhs_q, _ = _quantize(raw.lhs, lhs, axes.lhs_contracting, axes.lhs_batch, lhs_key, None)
-    rhs_q, _ = _quantize(raw.rhs, rhs, axes.rhs_contracting, axes.rhs_batch, rhs_key, None)
+    lhs_q, _ = quantize(raw.lhs, lhs, axes.lhs_contracting, axes.lhs_batch, lhs_key, None)
+    rhs_q, _ = quantize(raw.rhs, rhs, axes.rhs_contracting, axes.rhs_batch, rhs_key, None)
     out = contract(raw, lhs_q, rhs_q, axes, precision).astype(
         jnp.promote_types(lhs.dtype, rhs.dtype)
     )
@@ -299,12 +257,3 @@ def _sharded(
         return tuple(a + (a >= axis) for a in kind)
 
     return x, shifted(contracting), (axis, *shifted(batch))
-
-
-def _quantize(
-    tensor: "Tensor", x: jax.Array, contracting: Axes, batch: Axes, key: _Key, scale: Scale | None
-) -> tuple[QTensor, Gradient]:
-    quantizer = tensor.quantizer(key)
-    if scale is not None and tensor.is_quantized:
-        return quantizer.quant_with(jax.tree.map(lax.stop_gradient, scale), x)
-    return quantizer.quant(x, calibration_axes=tensor.shared_by(x.ndim, contracting, batch))

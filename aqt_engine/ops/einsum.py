@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from aqt_engine.context import Context
 from aqt_engine.ops.axes import DimensionNumbers
-from aqt_engine.ops.dot_general import Operand
+from aqt_engine.ops.operand import Operand
 from aqt_engine.qtensor import QTensor
 
 if TYPE_CHECKING:

@@ -1,0 +1,118 @@
+"""What the quantized ops have in common about their operands."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from aqt_engine.ops.axes import Axes
+from aqt_engine.qtensor import QTensor, Scale
+from aqt_engine.quantizer import Gradient
+
+if TYPE_CHECKING:
+    from aqt_engine.config import Tensor
+
+Operand = jax.Array | QTensor
+Key = jax.Array | None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["key", "lhs_scale", "rhs_scale"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Given:
+    """What an op is given beside its operands, and no gradient flows into."""
+
+    key: Key
+    lhs_scale: Scale | None
+    rhs_scale: Scale | None
+
+
+def require_float(lhs: Operand, rhs: Operand) -> None:
+    """Refuses operands that are not float.
+
+    Raises:
+      TypeError: one is not.
+    """
+    for side, operand in (("lhs", lhs), ("rhs", rhs)):
+        if not jnp.issubdtype(operand.dtype, jnp.floating):
+            raise TypeError(
+                f"`{side}` has dtype {operand.dtype}, and only floating-point tensors are "
+                f"quantized: cast it, or use the op of `jax.lax` for it"
+            )
+
+
+def require_shared(side: str, scale: jax.Array, contracting: Axes) -> None:
+    """Refuses a scale that varies along contracted axes.
+
+    Raises:
+      ValueError: it does.
+    """
+    if any(scale.shape[a] != 1 for a in contracting):
+        raise ValueError(
+            f"the scale of `{side}`, of shape {scale.shape}, varies along contracted axes "
+            f"{contracting}: add them to `calib_shared_axes`, or set `use_fake_quant`"
+        )
+
+
+def require_taken_out(side: str, q: QTensor, contracting: Axes) -> None:
+    """Refuses an operand whose scale or bias varies along contracted axes.
+
+    Raises:
+      ValueError: one does.
+    """
+    for part in (q.scale, q.bias):
+        if part is not None:
+            require_shared(side, part, contracting)
+
+
+def quantize(
+    tensor: "Tensor", x: jax.Array, contracting: Axes, batch: Axes, key: Key, scale: Scale | None
+) -> tuple[QTensor, Gradient]:
+    """`x` quantized, with `scale` if it is given, and its gradient."""
+    quantizer = tensor.quantizer(key)
+    if scale is not None and tensor.is_quantized:
+        return quantizer.quant_with(jax.tree.map(lax.stop_gradient, scale), x)
+    return quantizer.quant(x, calibration_axes=tensor.shared_by(x.ndim, contracting, batch))
+
+
+def as_forward_quantized(
+    g: jax.Array,
+    other: Operand,
+    contracting: Axes,
+    to_output: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """The gradient times the other operand's scale, and that operand's integers in float.
+
+    An operand that is no `QTensor` is taken as it is.
+
+    Raises:
+      ValueError: the operand has a bias, or a scale that varies along `contracting`.
+    """
+    if not isinstance(other, QTensor):
+        return g, other
+    if other.scale is None:
+        return g, other.qvalue
+    if other.bias is not None:
+        raise ValueError(
+            "`use_fwd_quant` takes the forward's integers without their bias, and this side is "
+            "calibrated with one: set `use_fwd_quant=False`, or calibrate symmetrically"
+        )
+    require_shared("the forward's operand", other.scale, contracting)
+    scaled = g * to_output(other.scale).astype(g.dtype)
+    return scaled, other.qvalue.astype(other.dequant_dtype)
+
+
+def refuse_gradient(*_: Any) -> Any:
+    """The gradient of an op with a stored operand: none.
+
+    Raises:
+      TypeError: always. Plain differentiation would go through the rounding and give zeros.
+    """
+    raise TypeError(
+        "an op with a stored QTensor has no gradient: differentiate the model in QuantMode.TRAIN"
+    )
