@@ -4,6 +4,8 @@ A bundle is a directory `NAME/VERSION/`:
 
     manifest.json      what it is: signature, tile, quantization, and the sha256 of every file
     graph.stablehlo    the SERVE forward at the tile, from `jax.export`; weights are arguments
+    graph.batched...   the same at any number of rows, for mode fast; where the model allows it
+    graphs/            instead, for symbolic dimensions, two of each length bucket: length=16....
     weights/           an Orbax checkpoint of those arguments
     witness/           an Orbax checkpoint of inputs and of the training forward's outputs
 
@@ -30,24 +32,25 @@ import orbax.checkpoint as ocp
 import pydantic
 from jax import export
 
+from aqt_engine.files import MANIFEST, check_files, digest, files, sync, sync_entry
+from aqt_engine.files import BundleError as BundleError
 from aqt_engine.manifest import BATCH as BATCH
-from aqt_engine.manifest import MANIFEST_FORM, FileDigest
+from aqt_engine.manifest import MANIFEST_FORM, bucket_name
+from aqt_engine.manifest import LengthBucket as LengthBucket
 from aqt_engine.manifest import Manifest as Manifest
 from aqt_engine.manifest import Role as Role
 from aqt_engine.manifest import TensorSpec as TensorSpec
 from aqt_engine.manifest import WeightSpec as WeightSpec
 
-FORMAT_VERSION = 1
-_MANIFEST = "manifest.json"
-_GRAPH = "graph.stablehlo"
+FORMAT_VERSION = 2
 _WEIGHTS = "weights"
 _WITNESS = "witness"
 
+_BATCHED = ".batched"
+_NONE: Mapping[Any, Any] = {}
+_ADDED_IN_2: Mapping[str, Any] = {"lengths": {}, "pads": {}, "per_request": [], "tile_costs": {}}
+
 Arrays = Mapping[str, np.ndarray[Any, Any]]
-
-
-class BundleError(ValueError):
-    """A bundle cannot be read: it is missing, damaged, changed, or of another format."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,18 +66,33 @@ class Witness:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """A bundle in memory. `weights` stand in the manifest's order."""
+    """A bundle in memory. `weights` stand in the manifest's order.
+
+    There is a graph, a witness and, where the model allows it, a graph for any number of rows
+    (`batched`) for each length bucket; the only bucket is () where no dimension is symbolic.
+    """
 
     manifest: Manifest
-    graph: export.Exported
+    graphs: Mapping[LengthBucket, export.Exported]
+    batched: Mapping[LengthBucket, export.Exported]
     weights: tuple[np.ndarray[Any, Any], ...]
-    witness: Witness
+    witnesses: Mapping[LengthBucket, Witness]
+
+    @property
+    def graph(self) -> export.Exported:
+        """The graph of the shortest bucket, which mostly is the only one."""
+        return self.graphs[self.manifest.length_buckets[0]]
+
+    @property
+    def witness(self) -> Witness:
+        """The witness of the shortest bucket, which mostly is the only one."""
+        return self.witnesses[self.manifest.length_buckets[0]]
 
 
 def write(
     path: str | os.PathLike[str],
     *,
-    graph: export.Exported,
+    graph: export.Exported | Mapping[LengthBucket, export.Exported],
     inputs: tuple[TensorSpec, ...],
     outputs: tuple[TensorSpec, ...],
     tile: int,
@@ -82,18 +100,27 @@ def write(
     roles: Mapping[str, Role],
     float_nbytes: int,
     tools: Mapping[str, str],
-    witness: Witness,
+    witness: Witness | Mapping[LengthBucket, Witness],
+    batched: Mapping[LengthBucket, export.Exported] = _NONE,
+    lengths: Mapping[str, tuple[int, ...]] = _NONE,
+    pads: Mapping[str, float] = _NONE,
+    per_request: tuple[str, ...] = (),
+    tile_costs: Mapping[int, float] = _NONE,
     check: Callable[[Bundle], None] = lambda written: None,
 ) -> Manifest:
     """Writes a bundle at `path`, whole or not at all, and returns its manifest.
 
     `graph` takes the flat list of `weights`, in their order, then the flat list of inputs, each of
-    `tile` rows, and returns the flat list of outputs. `check` is given the bundle as a reader will
-    load it, before it becomes visible; what it raises leaves nothing behind.
+    `tile` rows, and returns the flat list of outputs; graphs in `batched` do so with any number of
+    rows. With `lengths`, the sizes of each symbolic dimension, `graph` and `witness` are one for
+    each length bucket. `check` is given the bundle as a reader will load it, before it becomes
+    visible; what it raises leaves nothing behind.
 
     Raises:
       FileExistsError: something already stands at `path`; a version is never overwritten.
     """
+    graphs = {(): graph} if isinstance(graph, export.Exported) else graph
+    witnesses = {(): witness} if isinstance(witness, Witness) else witness
     target = Path(path).absolute()
     if target.exists():
         raise FileExistsError(
@@ -105,34 +132,46 @@ def write(
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.writing"
     temporary.mkdir()
     try:
-        (temporary / _GRAPH).write_bytes(graph.serialize())
+        for kind, by_bucket in (("", graphs), (_BATCHED, batched)):
+            for bucket, exported in by_bucket.items():
+                file = temporary / _graph_file(lengths, bucket, kind)
+                file.parent.mkdir(exist_ok=True)
+                file.write_bytes(exported.serialize())
         _save_arrays(temporary / _WEIGHTS, weights)
         _save_arrays(
             temporary / _WITNESS,
-            {f"inputs/{k}": v for k, v in witness.inputs.items()}
-            | {f"outputs/{k}": v for k, v in witness.outputs.items()},
+            {
+                f"{_witness_part(lengths, bucket)}{side}/{name}": array
+                for bucket, w in witnesses.items()
+                for side, arrays in (("inputs", w.inputs), ("outputs", w.outputs))
+                for name, array in arrays.items()
+            },
         )
         manifest = Manifest(
             inputs=inputs,
             outputs=outputs,
+            lengths={name: tuple(sizes) for name, sizes in lengths.items()},
+            pads=pads,
+            per_request=per_request,
             tile=tile,
+            tile_costs={str(rows): cost for rows, cost in tile_costs.items()},
             weights=tuple(
                 WeightSpec(name=k, dtype=v.dtype.name, shape=v.shape, role=roles[k])
                 for k, v in weights.items()
             ),
             float_nbytes=float_nbytes,
-            platforms=tuple(graph.platforms),
+            platforms=tuple(next(iter(graphs.values())).platforms),
             tools=tools,
-            files={name: _digest(temporary / name) for name in _files(temporary)},
+            files={name: digest(temporary / name) for name in files(temporary)},
         )
-        (temporary / _MANIFEST).write_text(_dump(manifest))
+        (temporary / MANIFEST).write_text(_dump(manifest))
         check(load(temporary))
-        _sync(temporary)
+        sync(temporary)
         try:
             temporary.rename(target)
         except OSError as error:
             raise FileExistsError(f"{target} was written by another meanwhile") from error
-        _sync_entry(target.parent)
+        sync_entry(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -145,12 +184,12 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     Raises:
       BundleError: there is none, it is not a manifest, it was changed, or its format is another.
     """
-    file = Path(path) / _MANIFEST
+    file = Path(path) / MANIFEST
     try:
         text = file.read_bytes()
     except OSError as error:
         raise BundleError(
-            f"{path} is not a bundle: its {_MANIFEST} cannot be read ({error.strerror}); "
+            f"{path} is not a bundle: its {MANIFEST} cannot be read ({error.strerror}); "
             f"`aqt convert` writes one"
         ) from error
     try:
@@ -158,9 +197,9 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         version = document["format_version"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise BundleError(f"{file} is damaged: it is no JSON manifest; convert again") from error
-    if version != FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise BundleError(
-            f"{path} has bundle format {version!r} and this program reads {FORMAT_VERSION}: "
+            f"{path} has bundle format {version!r} and this program reads 1 to {FORMAT_VERSION}: "
             f"use a newer aqt, or write it again with `aqt convert`"
         )
     stated = document.pop("digest", None)
@@ -170,14 +209,15 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
             f"convert again"
         )
     del document["format_version"]
+    if version == 1:
+        document = _ADDED_IN_2 | document
     try:
         return MANIFEST_FORM.validate_json(json.dumps(document))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise BundleError(
-            f"{file} is no manifest of format {FORMAT_VERSION}: {where}: {first['msg']}; "
-            f"convert again"
+            f"{file} is no manifest of format {version}: {where}: {first['msg']}; convert again"
         ) from error
 
 
@@ -189,24 +229,55 @@ def load(path: str | os.PathLike[str]) -> Bundle:
     """
     root = Path(path)
     manifest = read_manifest(root)
-    _check_files(root, manifest)
+    check_files(root, manifest)
     try:
-        graph = export.deserialize(bytearray((root / _GRAPH).read_bytes()))
+        graphs, batched = _load_graphs(root, manifest, ""), _load_graphs(root, manifest, _BATCHED)
         weights = _load_arrays(root / _WEIGHTS)
         arrays = _load_arrays(root / _WITNESS)
-        witness = Witness(
-            inputs={spec.name: arrays[f"inputs/{spec.name}"] for spec in manifest.inputs},
-            outputs={spec.name: arrays[f"outputs/{spec.name}"] for spec in manifest.outputs},
-        )
+        witnesses: dict[LengthBucket, Witness] = {}
+        for bucket in manifest.length_buckets:
+            part = _witness_part(manifest.lengths, bucket)
+            witnesses[bucket] = Witness(
+                inputs={s.name: arrays[f"{part}inputs/{s.name}"] for s in manifest.inputs},
+                outputs={s.name: arrays[f"{part}outputs/{s.name}"] for s in manifest.outputs},
+            )
         ordered = tuple(weights[spec.name] for spec in manifest.weights)
     except Exception as error:
         raise BundleError(
             f"{root} has the right digests but cannot be decoded by jax {jax.__version__} "
             f"(it was written with {dict(manifest.tools)}): {error}"
         ) from error
-    _check_graph(root, manifest, graph)
-    _check_witness(root, manifest, witness)
-    return Bundle(manifest=manifest, graph=graph, weights=ordered, witness=witness)
+    for bucket in manifest.length_buckets:
+        if bucket not in graphs:
+            raise BundleError(f"{root} has no graph for {manifest.sizes(bucket)}: convert again")
+        _check_graph(root, manifest, bucket, graphs[bucket])
+        _check_witness(root, manifest, bucket, witnesses[bucket])
+    return Bundle(
+        manifest=manifest,
+        graphs=graphs,
+        batched=batched,
+        weights=ordered,
+        witnesses=witnesses,
+    )
+
+
+def _graph_file(lengths: Mapping[str, Any], bucket: LengthBucket, kind: str) -> str:
+    if not lengths:
+        return f"graph{kind}.stablehlo"
+    return f"graphs/{bucket_name(dict(zip(lengths, bucket, strict=True)))}{kind}.stablehlo"
+
+
+def _witness_part(lengths: Mapping[str, Any], bucket: LengthBucket) -> str:
+    return f"{bucket_name(dict(zip(lengths, bucket, strict=True)))}/" if lengths else ""
+
+
+def _load_graphs(root: Path, manifest: Manifest, kind: str) -> dict[LengthBucket, export.Exported]:
+    files = {b: _graph_file(manifest.lengths, b, kind) for b in manifest.length_buckets}
+    return {
+        bucket: export.deserialize(bytearray((root / file).read_bytes()))
+        for bucket, file in files.items()
+        if file in manifest.files
+    }
 
 
 def _save_arrays(path: Path, arrays: Arrays) -> None:
@@ -219,50 +290,14 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         return {k: np.asarray(v) for k, v in checkpointer.restore(path.absolute()).items()}
 
 
-def _files(root: Path) -> list[str]:
-    return sorted(
-        file.relative_to(root).as_posix()
-        for file in root.rglob("*")
-        # A link is no directory of ours, whatever it leads to.
-        if (file.is_symlink() or not file.is_dir()) and file != root / _MANIFEST
-    )
-
-
-def _digest(file: Path) -> FileDigest:
-    # A pipe that nobody writes to would be waited for, for ever.
-    if not file.is_file():
-        raise OSError(0, "it is no regular file")
-    with file.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return FileDigest(sha256=sha256, nbytes=file.stat().st_size)
-
-
-def _check_files(root: Path, manifest: Manifest) -> None:
-    present = set(_files(root))
-    wrong = [f"{name} is missing" for name in sorted(set(manifest.files) - present)]
-    wrong += [f"{name} is not listed" for name in sorted(present - set(manifest.files))]
-    for name in sorted(present & set(manifest.files)):
-        try:
-            expected, found = manifest.files[name], _digest(root / name)
-        except OSError as error:
-            wrong.append(f"{name} cannot be read ({error.strerror})")
-            continue
-        if found.nbytes != expected.nbytes:
-            wrong.append(f"{name} has {found.nbytes} bytes instead of {expected.nbytes}")
-        elif found != expected:
-            wrong.append(f"{name} has other content than was written")
-    if wrong:
-        raise BundleError(
-            f"{root} does not match its manifest: {'; '.join(wrong)}; copy it again from its "
-            f"source or convert again"
-        )
-
-
-def _check_graph(root: Path, manifest: Manifest, graph: export.Exported) -> None:
+def _check_graph(
+    root: Path, manifest: Manifest, bucket: LengthBucket, graph: export.Exported
+) -> None:
     def described(shape: Sequence[Any], dtype: Any) -> str:
         return f"{np.dtype(dtype).name}{list(shape)}"
 
-    rows = [spec.with_rows(manifest.tile) for spec in (*manifest.inputs, *manifest.outputs)]
+    sizes = manifest.sizes(bucket)
+    rows = [spec.with_rows(manifest.tile, sizes) for spec in (*manifest.inputs, *manifest.outputs)]
     stated = [described(w.shape, w.dtype) for w in manifest.weights]
     stated += [described(spec.shape, spec.dtype) for spec in rows]
     computed = [described(a.shape, a.dtype) for a in (*graph.in_avals, *graph.out_avals)]
@@ -273,11 +308,11 @@ def _check_graph(root: Path, manifest: Manifest, graph: export.Exported) -> None
         )
 
 
-def _check_witness(root: Path, manifest: Manifest, witness: Witness) -> None:
+def _check_witness(root: Path, manifest: Manifest, bucket: LengthBucket, witness: Witness) -> None:
     pairs = [(spec, witness.inputs[spec.name]) for spec in manifest.inputs]
     pairs += [(spec, witness.outputs[spec.name]) for spec in manifest.outputs]
     rows = {len(array) if array.ndim else 0 for _, array in pairs}
-    whole = [(spec.with_rows(max(rows)), array) for spec, array in pairs]
+    whole = [(spec.with_rows(max(rows), manifest.sizes(bucket)), a) for spec, a in pairs]
     fits = all((s.shape, s.dtype) == (array.shape, array.dtype) for s, array in whole)
     if not fits or len(rows) > 1 or rows == {0}:
         raise BundleError(
@@ -296,17 +331,3 @@ def _dump(manifest: Manifest) -> str:
 def _canonical_digest(document: Mapping[str, Any]) -> str:
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sync(root: Path) -> None:
-    """Puts every file on the disk before the rename makes the bundle visible."""
-    for path in [*root.rglob("*"), root]:
-        _sync_entry(path)
-
-
-def _sync_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

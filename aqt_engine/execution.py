@@ -4,9 +4,14 @@ A float sum over a row changes in its last bit with the shape of the batch it is
 the next quantizer can turn that bit into another integer. So the graph is compiled at one fixed
 number of rows, the tile, and a batch is `lax.map` of that one body over tiles: a row meets the
 same instructions wherever it lies. How many tiles an executable maps over is its bucket; buckets
-are powers of two.
+are powers of two. A model whose signature has symbolic dimensions has a graph, and executables, for
+each of their length buckets.
+
+Mode FAST gives that up for speed: the whole padded batch is computed at once, and a row's bits may
+depend on how many rows that has.
 """
 
+import enum
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +21,18 @@ import jax
 import numpy as np
 from jax import lax
 
+from aqt_engine import lengths
 from aqt_engine.bundle import Bundle, BundleError
+from aqt_engine.manifest import LengthBucket
 
 Array = np.ndarray[Any, Any]
+
+
+class Mode(enum.StrEnum):
+    """What the rows of a batch are computed for: always the same bits, or speed."""
+
+    EXACT = "exact"
+    FAST = "fast"
 
 
 def tile_buckets(max_rows: int, tile: int) -> tuple[int, ...]:
@@ -30,11 +44,14 @@ def tile_buckets(max_rows: int, tile: int) -> tuple[int, ...]:
 class Program:
     """A bundle's weights on a device, and its executables by bucket.
 
-    Calling it is exact and thread-safe: each row's answer has the same bits for every number of
-    rows, every position and every neighbour.
+    Calling it is thread-safe, and in mode EXACT exact: each row's answer has the same bits for
+    every number of rows, every position and every neighbor.
+
+    Raises:
+      BundleError: the bundle was lowered for other platforms, or has no graph for mode FAST.
     """
 
-    def __init__(self, bundle: Bundle, *, max_rows: int):
+    def __init__(self, bundle: Bundle, *, max_rows: int, mode: Mode = Mode.EXACT):
         platform = jax.default_backend()
         lowered_for = {"gpu": "cuda"}.get(platform, platform)
         if lowered_for not in bundle.manifest.platforms:
@@ -43,10 +60,16 @@ class Program:
                 f"device here is {lowered_for}: convert again with that platform"
             )
         self.manifest = bundle.manifest
+        self.mode = mode
         self.buckets = tile_buckets(max_rows, bundle.manifest.tile)
-        self._graph = bundle.graph
+        self._graphs = bundle.graphs if mode is Mode.EXACT else bundle.batched
+        if not self._graphs:
+            raise BundleError(
+                "this bundle has no graph for any number of rows, which mode fast needs: its model "
+                "cannot be traced so; serve it in mode exact, or convert again"
+            )
         self._weights = [jax.device_put(w) for w in bundle.weights]
-        self._executables: dict[int, Callable[..., Sequence[jax.Array]]] = {}
+        self._executables: dict[tuple[LengthBucket, int], Callable[..., Sequence[jax.Array]]] = {}
         self._compiling = threading.Lock()
 
     @property
@@ -54,70 +77,101 @@ class Program:
         """Rows that the largest bucket holds."""
         return self.buckets[-1] * self.manifest.tile
 
-    def compile(self, bucket: int) -> None:
-        """Compiles the executable that maps over `bucket` tiles, unless it is there already."""
+    def compile(self, bucket: int, length_bucket: LengthBucket = ()) -> None:
+        """Compiles the executable for `bucket` tiles, unless it is there already."""
         with self._compiling:
-            if bucket not in self._executables:
-                self._executables[bucket] = self._compiled(bucket)
+            if (length_bucket, bucket) not in self._executables:
+                self._executables[length_bucket, bucket] = self._compiled(bucket, length_bucket)
 
-    def _compiled(self, bucket: int) -> Callable[..., Sequence[jax.Array]]:
+    def _compiled(
+        self, bucket: int, length_bucket: LengthBucket
+    ) -> Callable[..., Sequence[jax.Array]]:
+        graph = self._graphs[length_bucket]
+
         def forward(weights: list[jax.Array], inputs: list[jax.Array]) -> list[jax.Array]:
-            def at_tile(tile: list[jax.Array]) -> list[jax.Array]:
-                return list(self._graph.call(weights, tile))
+            def at_once(rows: list[jax.Array]) -> list[jax.Array]:
+                return list(graph.call(weights, rows))
 
-            return cast(list[jax.Array], lax.map(at_tile, inputs))
+            if self.mode is Mode.FAST:
+                return at_once(inputs)
+            return cast(list[jax.Array], lax.map(at_once, inputs))
 
-        tiled = [spec.with_rows(self.manifest.tile) for spec in self.manifest.inputs]
-        inputs = [jax.ShapeDtypeStruct((bucket, *s.shape), s.dtype) for s in tiled]
+        sizes = self.manifest.sizes(length_bucket)
+        whole = [
+            spec.with_rows(bucket * self.manifest.tile, sizes) for spec in self.manifest.inputs
+        ]
+        inputs = [jax.ShapeDtypeStruct(self._laid_out(s.shape), s.dtype) for s in whole]
         return jax.jit(forward).lower(self._weights, inputs).compile()
+
+    def _laid_out(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """`shape`, of whole tiles of rows, as an executable takes it."""
+        if self.mode is Mode.FAST:
+            return shape
+        tile = self.manifest.tile
+        return (shape[0] // tile, tile, *shape[1:])
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs for `inputs`: by name, each of shape (rows, ...), the same rows for all.
 
-        More rows than the largest bucket holds are computed in several calls; a bucket that was
-        not compiled yet is compiled now.
+        Symbolic dimensions are padded to their bucket, and cut back in the outputs. More rows than
+        the largest bucket holds are computed in several calls; a bucket that was not compiled yet
+        is compiled now.
 
         Raises:
-          ValueError: the inputs are not those of the signature, in names, dtypes or shapes.
+          ValueError: the inputs are not those of the signature, in names, dtypes or shapes, or
+            too long.
         """
-        rows = self._checked_rows(inputs)
+        rows, sizes = self._checked(inputs)
+        length_bucket = lengths.smallest(self.manifest, sizes)
+        if sizes:
+            inputs = lengths.pad(self.manifest, inputs, length_bucket)
         chunks = [
             self._run(
-                {name: array[start : start + self.max_rows] for name, array in inputs.items()}
+                {name: array[start : start + self.max_rows] for name, array in inputs.items()},
+                length_bucket,
             )
-            for start in range(0, rows, self.max_rows)
+            for start in range(0, max(rows, 1), self.max_rows)
         ]
-        if len(chunks) == 1:
-            return chunks[0]
-        return {
-            spec.name: np.concatenate([chunk[spec.name] for chunk in chunks])
-            if chunks
-            else np.zeros((0, *spec.shape[1:]), np.dtype(spec.dtype))
-            for spec in self.manifest.outputs
-        }
+        outputs = chunks[0]
+        if len(chunks) > 1:
+            outputs = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in outputs}
+        return lengths.cut(self.manifest, outputs, sizes) if sizes else outputs
 
-    def _checked_rows(self, inputs: Mapping[str, Array]) -> int:
+    def _checked(self, inputs: Mapping[str, Array]) -> tuple[int, dict[str, int]]:
+        """The number of rows, and the sizes of the symbolic dimensions."""
+        specs = {spec.name: spec for spec in self.manifest.inputs}
         rows = next((len(array) for array in inputs.values() if array.ndim), 0)
-        expected = {spec.name: spec.with_rows(rows) for spec in self.manifest.inputs}
+        sizes: dict[str, int] = {}
+        if inputs.keys() == specs.keys() and all(
+            inputs[name].ndim == len(spec.shape) for name, spec in specs.items()
+        ):
+            sizes = lengths.lengths_of(self.manifest, inputs)
+        known = sizes or dict.fromkeys(self.manifest.lengths, -1)
         found = {name: f"{array.dtype}{list(array.shape)}" for name, array in inputs.items()}
+        expected = {name: spec.with_rows(rows, known) for name, spec in specs.items()}
         wanted = {name: f"{s.dtype}{list(s.shape)}" for name, s in expected.items()}
         if found != wanted:
             raise ValueError(f"the inputs are {found}, and the signature has {wanted}")
-        return rows
+        return rows, sizes
 
-    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def _run(self, inputs: Mapping[str, Array], length_bucket: LengthBucket) -> dict[str, Array]:
         tile = self.manifest.tile
         rows = len(next(iter(inputs.values())))
+        sizes = self.manifest.sizes(length_bucket)
+        if rows == 0:
+            empty = {spec.name: spec.with_rows(0, sizes) for spec in self.manifest.outputs}
+            return {name: np.zeros(s.shape, s.dtype) for name, s in empty.items()}
         bucket = next(b for b in self.buckets if b * tile >= rows)
         padded: list[Array] = []
         for spec in self.manifest.inputs:
-            whole = spec.with_rows(bucket * tile)
+            whole = spec.with_rows(bucket * tile, sizes)
             array = np.zeros(whole.shape, whole.dtype)
             array[:rows] = inputs[spec.name]
-            padded.append(array.reshape(bucket, tile, *whole.shape[1:]))
-        self.compile(bucket)
-        answers = self._executables[bucket](self._weights, padded)
+            padded.append(array.reshape(self._laid_out(whole.shape)))
+        self.compile(bucket, length_bucket)
+        answers = self._executables[length_bucket, bucket](self._weights, padded)
+        shapes = [spec.with_rows(bucket * tile, sizes).shape for spec in self.manifest.outputs]
         return {
-            spec.name: np.asarray(answer).reshape(bucket * tile, *answer.shape[2:])[:rows]
-            for spec, answer in zip(self.manifest.outputs, answers, strict=True)
+            spec.name: np.asarray(answer).reshape(shape)[:rows]
+            for spec, shape, answer in zip(self.manifest.outputs, shapes, answers, strict=True)
         }

@@ -5,7 +5,9 @@ added, and every value has its type.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+import re
+from collections.abc import Iterable, Mapping
 from typing import Annotated, ClassVar, Literal
 
 import jax
@@ -15,6 +17,9 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 BATCH = "batch"
 """The symbolic dimension that counts rows."""
+
+LengthBucket = tuple[int, ...]
+"""Sizes of a manifest's symbolic dimensions, in the order of its `lengths`; () if it has none."""
 
 
 def _known_dtype(name: str) -> str:
@@ -28,14 +33,22 @@ def _known_dtype(name: str) -> str:
 Role = Literal["qvalue", "scale", "bias", "float"]
 
 
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
 def _rows_first(shape: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    if shape[:1] != ("batch",) or "batch" in shape[1:]:
+    if shape[:1] != (BATCH,) or BATCH in shape[1:]:
         raise ValueError("a shape begins with 'batch', and has sizes after that")
+    wrong = [d for d in shape if isinstance(d, str) and not _NAME.fullmatch(d)]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} is no name of a dimension: use letters, digits and '_'")
     return shape
 
 
 _STRICT = ConfigDict(strict=True, extra="forbid")
 _Size = Annotated[int, Field(ge=0)]
+_Pad = bool | int | float
+_NO_SIZES: Mapping[str, int] = {}
 _DtypeName = Annotated[str, AfterValidator(_known_dtype)]
 
 
@@ -43,19 +56,25 @@ _DtypeName = Annotated[str, AfterValidator(_known_dtype)]
 class TensorSpec:
     """Name, dtype and shape of one input or output.
 
-    `dtype` is a numpy name ("float32", "bfloat16", "int32", "bool"). `shape` begins with `BATCH`.
+    `dtype` is a numpy name ("float32", "bfloat16", "int32", "bool"). `shape` begins with `BATCH`;
+    after it come sizes, and names of dimensions whose size a request chooses.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     name: str
     dtype: _DtypeName
-    shape: Annotated[tuple[Literal["batch"] | _Size, ...], AfterValidator(_rows_first)]
+    shape: Annotated[tuple[str | _Size, ...], AfterValidator(_rows_first)]
 
-    def with_rows(self, rows: int) -> jax.ShapeDtypeStruct:
-        """The concrete shape and dtype of `rows` rows."""
-        shape = (rows, *(int(d) for d in self.shape[1:]))
+    def with_rows(self, rows: int, sizes: Mapping[str, int] = _NO_SIZES) -> jax.ShapeDtypeStruct:
+        """The concrete shape and dtype of `rows` rows, where symbolic dimensions have `sizes`."""
+        shape = (rows, *(sizes[d] if isinstance(d, str) else d for d in self.shape[1:]))
         return jax.ShapeDtypeStruct(shape, np.dtype(self.dtype))
+
+    @property
+    def axes(self) -> Mapping[int, str]:
+        """The symbolic dimensions after the rows, by axis."""
+        return {i: d for i, d in enumerate(self.shape) if isinstance(d, str) and i > 0}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,20 +113,36 @@ class FileDigest:
     nbytes: _Size
 
 
+def _ascending(buckets: tuple[int, ...]) -> tuple[int, ...]:
+    if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
+        raise ValueError("lengths are positive and ascend, and there is at least one")
+    return buckets
+
+
+_Buckets = Annotated[tuple[int, ...], AfterValidator(_ascending)]
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """What a bundle says of itself.
 
-    `tile` is the number of rows at which the graph computes. `weights` stand in the order of the
-    graph's arguments; `inputs` follow them. `float_nbytes` is the size of the weights before
-    conversion.
+    `lengths` has the buckets of each symbolic dimension: sizes that requests are padded to, with
+    the value in `pads` (0 for inputs that are not there). An input in `per_request` is one scalar
+    for all rows of a request. `tile` is the number of rows at which the graphs compute;
+    `tile_costs` are the costs that it was chosen by, by tile, and empty if it was given.
+    `weights` stand in the order of the graphs' arguments; `inputs` follow them. `float_nbytes` is
+    the size of the weights before conversion.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    lengths: Mapping[str, _Buckets]
+    pads: Mapping[str, _Pad]
+    per_request: tuple[str, ...]
     tile: _Size
+    tile_costs: Mapping[str, Annotated[float, Field(gt=0)]]
     weights: tuple[WeightSpec, ...]
     float_nbytes: _Size
     platforms: tuple[str, ...]
@@ -119,6 +154,38 @@ class Manifest:
         """Bytes of the weights in memory."""
         return sum(w.nbytes for w in self.weights)
 
+    @property
+    def length_buckets(self) -> tuple[LengthBucket, ...]:
+        """Every combination of the buckets of the symbolic dimensions, shortest first."""
+        return tuple(itertools.product(*self.lengths.values()))
 
-MANIFEST_FORM = pydantic.TypeAdapter(Manifest)
+    def sizes(self, bucket: LengthBucket) -> dict[str, int]:
+        """The sizes of the symbolic dimensions in `bucket`, by name."""
+        return dict(zip(self.lengths, bucket, strict=True))
+
+
+def bucket_name(sizes: Mapping[str, int]) -> str:
+    """A length bucket in words, also its files' name: "length=16,width=8"."""
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def _consistent(manifest: Manifest) -> Manifest:
+    """Checks what the fields say of each other."""
+
+    def dims(specs: Iterable[TensorSpec]) -> set[str]:
+        return {name for spec in specs for name in spec.axes.values()}
+
+    if dims(manifest.inputs) != set(manifest.lengths) or not dims(manifest.outputs) <= set(
+        manifest.lengths
+    ):
+        raise ValueError("the dimensions of inputs and outputs are not those of `lengths`")
+    scalars = {spec.name for spec in manifest.inputs if spec.shape == (BATCH,)}
+    if not set(manifest.per_request) <= scalars:
+        raise ValueError("an input in `per_request` is not there, or has more axes than the rows")
+    if not set(manifest.pads) <= {spec.name for spec in manifest.inputs}:
+        raise ValueError("an input in `pads` is not there")
+    return manifest
+
+
+MANIFEST_FORM = pydantic.TypeAdapter(Annotated[Manifest, AfterValidator(_consistent)])
 """Reads a manifest from JSON, or raises `pydantic.ValidationError`."""

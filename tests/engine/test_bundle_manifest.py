@@ -12,6 +12,7 @@ import pytest
 import bundles
 from aqt_engine import bundle
 from aqt_engine.bundle import BundleError
+from aqt_engine.manifest import FileDigest
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +44,12 @@ def test_what_is_no_manifest_is_refused(own, text):
     assert "no JSON manifest" in refusal(own, "manifest.json")
 
 
-@pytest.mark.parametrize("version", [2, 0, 10**30, "1", None, [1], {}])
+@pytest.mark.parametrize("version", [3, 0, 10**30, "1", None, True, [1], {}])
 def test_another_format_is_refused_by_its_name(own, version):
     document = json.loads((own / "manifest.json").read_text())
     for changed in (document | {"format_version": version}, {"format_version": version}):
         (own / "manifest.json").write_text(json.dumps(changed))
-        message = refusal(own, f"has bundle format {version!r} and this program reads 1")
+        message = refusal(own, f"has bundle format {version!r} and this program reads 1 to 2")
         assert "use a newer aqt, or write it again with `aqt convert`" in message
 
 
@@ -116,6 +117,15 @@ def test_a_manifest_is_signed_as_the_format_has_it(own):
     assert bundle.load(own).manifest.tools == {"jax": "another"}
 
 
+def test_a_manifest_of_format_1_is_read(own):
+    document = json.loads((own / "manifest.json").read_text())
+    for added in ("lengths", "pads", "per_request", "tile_costs"):
+        del document[added]
+    (own / "manifest.json").write_text(signed(document | {"format_version": 1}))
+    manifest = bundle.load(own).manifest
+    assert (manifest.lengths, manifest.pads, manifest.per_request) == ({}, {}, ())
+
+
 @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "weights/../../secret"])
 def test_a_listed_file_outside_of_the_bundle_is_not_read(own, name):
     (own.parent.parent / "secret").write_text("secret")
@@ -129,7 +139,7 @@ def test_a_graph_that_jax_cannot_read_is_refused(own):
     (own / "graph.stablehlo").write_bytes(b"from a newer jax")
     document = json.loads((own / "manifest.json").read_text())
     document["files"]["graph.stablehlo"] = dataclasses.asdict(
-        bundle.FileDigest(
+        FileDigest(
             sha256=hashlib.sha256(b"from a newer jax").hexdigest(), nbytes=len(b"from a newer jax")
         )
     )
