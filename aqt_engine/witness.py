@@ -1,13 +1,16 @@
 """The witness: does a program here compute, bit for bit, what the training forward computed?"""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from aqt_engine.bundle import Arrays, Witness
+
+NEIGHBORS = ("zeros", "largest values", "smallest values", "infinities", "NaNs")
+"""What the rows beside one may be full of, to try whether that changes it."""
 
 Forward = Callable[[Mapping[str, np.ndarray[Any, Any]]], Arrays]
 
@@ -68,27 +71,30 @@ def check(program: Forward, w: Witness) -> Verdict:
 
 
 def prove(program: Forward, w: Witness) -> dict[str, Verdict]:
-    """Verdicts on the witness, by the manner in which its rows were presented.
+    """Verdicts on the witness, by the manner in which its rows were presented: all `trials`."""
+    return dict(trials(program, w))
+
+
+def trials(program: Forward, w: Witness) -> Iterator[tuple[str, Verdict]]:
+    """Verdicts on the witness, each with the manner in which its rows were presented.
 
     Each row has to get the same bits in batches of every power of two, in any order, and beside
-    rows of zeros, of the largest and smallest values, of infinities and of NaNs.
+    rows of zeros, of the largest and smallest values, of infinities and of NaNs. The batches come
+    first: one of them falls into each bucket.
     """
     rows = np.arange(len(next(iter(w.inputs.values()))))
-    verdicts: dict[str, Verdict] = {}
     for power in range(len(rows).bit_length()):
         first = rows[: 2**power]
-        verdicts[f"with the first {2**power} rows"] = _present(program, w, w.inputs, first)
-    verdicts["with all rows"] = _present(program, w, w.inputs, rows)
-    verdicts["with the rows reversed"] = _present(program, w, w.inputs, rows[::-1])
-    verdicts["with the rows shifted by one"] = _present(program, w, w.inputs, np.roll(rows, 1))
-    for neighbor in ("zeros", "largest values", "smallest values", "infinities", "NaNs"):
+        yield f"with the first {2**power} rows", _present(program, w, w.inputs, first)
+    yield "with all rows", _present(program, w, w.inputs, rows)
+    yield "with the rows reversed", _present(program, w, w.inputs, rows[::-1])
+    yield "with the rows shifted by one", _present(program, w, w.inputs, np.roll(rows, 1))
+    for neighbor in NEIGHBORS:
         for parity, name in enumerate(("even", "odd")):
             others = rows[1 - parity :: 2]
-            inputs = {k: _overwritten(v, others, neighbor) for k, v in w.inputs.items()}
-            verdicts[f"with {neighbor} beside the {name} rows"] = _present(
-                program, w, inputs, rows, compared=slice(parity, None, 2)
-            )
-    return verdicts
+            inputs = {k: overwritten(v, others, neighbor) for k, v in w.inputs.items()}
+            verdict = _present(program, w, inputs, rows, compared=slice(parity, None, 2))
+            yield f"with {neighbor} beside the {name} rows", verdict
 
 
 def at_least(w: Witness, rows: int) -> Witness:
@@ -114,7 +120,7 @@ def _present(
     )
 
 
-def _overwritten(
+def overwritten(
     array: np.ndarray[Any, Any], rows: np.ndarray[Any, Any], neighbor: str
 ) -> np.ndarray[Any, Any]:
     """`array` with `rows` full of what `neighbor` names, or the nearest that its dtype has."""

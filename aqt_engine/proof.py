@@ -1,0 +1,177 @@
+"""The proof that a program is exact: which trials there are, over every bucket.
+
+The witness comes first, in every executable; that much is proved before anything is answered.
+More inputs than the witness has can be tried against a reference that computes them tile by tile:
+the training forward, or else the bundle's own graph.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from aqt_engine import lengths, witness
+from aqt_engine.bundle import Arrays, Bundle, Witness
+from aqt_engine.execution import Program
+from aqt_engine.manifest import LengthBucket, Manifest, bucket_name
+from aqt_engine.witness import Verdict
+
+Array = np.ndarray[Any, Any]
+Reference = Callable[[LengthBucket, Arrays], Arrays]
+"""The outputs for inputs of whole tiles at a length bucket, computed tile by tile."""
+Trial = tuple[str, Verdict]
+_SEED = 0
+
+
+def of_witnesses(
+    program: Callable[[Arrays], Arrays],
+    manifest: Manifest,
+    witnesses: Mapping[LengthBucket, Witness],
+    *,
+    rows: int,
+) -> Iterator[Trial]:
+    """Every witness in every manner, repeated to at least `rows`; each executable's batch first."""
+    repeated = {bucket: witness.at_least(w, rows) for bucket, w in witnesses.items()}
+    runs = {bucket: witness.trials(program, w) for bucket, w in repeated.items()}
+    # A batch of each power of two: what proves an executable comes before what tries it harder.
+    for bucket, w in repeated.items():
+        for _ in range(_rows(w.inputs).bit_length()):
+            yield _at(manifest, bucket, next(runs[bucket]))
+    for bucket, run in runs.items():
+        for trial in run:
+            yield _at(manifest, bucket, trial)
+
+
+def executables(manifest: Manifest, witnesses: Mapping[LengthBucket, Witness], rows: int) -> int:
+    """How many of the first trials of `of_witnesses` it takes to run every executable."""
+    return sum(_rows(witness.at_least(w, rows).inputs).bit_length() for w in witnesses.values())
+
+
+def of_random_inputs(
+    program: Program,
+    reference: Reference,
+    witnesses: Mapping[LengthBucket, Witness],
+    *,
+    seed: int = _SEED,
+) -> Iterator[Trial]:
+    """Random inputs like the witness's, in every bucket, shuffled, and beside any neighbors.
+
+    Rows of each length are tried too, as requests, and batches whose padding is full of what
+    could disturb a row.
+    """
+    manifest = program.manifest
+    for bucket, w in witnesses.items():
+        rng = np.random.default_rng(seed)
+        inputs = sampled(w.inputs, program.max_rows, rng)
+        drawn = Witness(inputs=inputs, outputs=reference(bucket, inputs))
+        for trial, verdict in witness.trials(program, drawn):
+            yield _at(manifest, bucket, (f"random inputs, {trial}", verdict))
+        order = rng.permutation(program.max_rows)
+        shuffled = {k: v[order] for k, v in inputs.items()}
+        expected = {k: v[order] for k, v in drawn.outputs.items()}
+        verdict = witness.compare(program(shuffled), expected)
+        yield _at(manifest, bucket, ("random inputs, with the rows shuffled", verdict))
+        for neighbor in witness.NEIGHBORS:
+            yield _at(manifest, bucket, _beside_padding(program, drawn, neighbor))
+        if manifest.lengths:
+            yield _at(manifest, bucket, _shorter(program, reference, bucket, inputs, rng))
+
+
+def sampled(inputs: Arrays, rows: int, rng: np.random.Generator) -> dict[str, Array]:
+    """Random rows like those of `inputs`: floats of their spread, integers of their range."""
+
+    def like(array: Array) -> Array:
+        shape = (rows, *array.shape[1:])
+        if array.dtype.kind == "b":
+            return rng.integers(0, 2, shape).astype(bool)
+        if array.dtype.kind in "iu":
+            low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+            return rng.integers(low, high, shape, endpoint=True).astype(array.dtype)
+        wide = array.astype(np.float64)
+        finite = wide[np.isfinite(wide)]
+        center, spread = (finite.mean(), finite.std()) if finite.size else (0.0, 1.0)
+        return (center + (spread or 1.0) * rng.standard_normal(shape)).astype(array.dtype)
+
+    return {name: like(array) for name, array in inputs.items()}
+
+
+def tile_by_tile(bundle: Bundle) -> Reference:
+    """The bundle's graph, run on one tile after the other, each row where it lies."""
+    compiled = {b: jax.jit(graph.call) for b, graph in bundle.graphs.items()}
+    tile, names = bundle.manifest.tile, [spec.name for spec in bundle.manifest.outputs]
+
+    def reference(bucket: LengthBucket, inputs: Arrays) -> Arrays:
+        ordered = [inputs[spec.name] for spec in bundle.manifest.inputs]
+        answers = [
+            compiled[bucket](list(bundle.weights), [a[start : start + tile] for a in ordered])
+            for start in range(0, _rows(inputs), tile)
+        ]
+        return {
+            name: np.concatenate([np.asarray(answer[i]) for answer in answers])
+            for i, name in enumerate(names)
+        }
+
+    return reference
+
+
+def _beside_padding(program: Program, drawn: Witness, neighbor: str) -> Trial:
+    rows = np.arange(_rows(drawn.inputs))
+    real = len(rows) // 2 + 1
+    inputs = {k: witness.overwritten(v, rows[real:], neighbor) for k, v in drawn.inputs.items()}
+    verdict = witness.compare(
+        {k: v[:real] for k, v in program(inputs).items()},
+        {k: v[:real] for k, v in drawn.outputs.items()},
+    )
+    return f"random inputs, with {neighbor} in the padding", verdict
+
+
+def _shorter(
+    program: Program,
+    reference: Reference,
+    bucket: LengthBucket,
+    inputs: Arrays,
+    rng: np.random.Generator,
+) -> Trial:
+    """Requests of a tile each, of random lengths that have this bucket."""
+    manifest = program.manifest
+    found: list[dict[str, Array]] = []
+    expected: list[dict[str, Array]] = []
+    for start in range(0, _rows(inputs), manifest.tile):
+        sizes = {
+            name: int(rng.integers(_next_shorter(manifest.lengths[name], size), size) + 1)
+            for name, size in manifest.sizes(bucket).items()
+        }
+        request = {
+            spec.name: inputs[spec.name][start : start + manifest.tile][
+                tuple(
+                    slice(sizes[spec.axes[i]] if i in spec.axes else None)
+                    for i in range(len(spec.shape))
+                )
+            ]
+            for spec in manifest.inputs
+        }
+        whole = reference(bucket, lengths.pad(manifest, request, bucket))
+        # Flat, as requests of several lengths cannot stand in one array.
+        found.append({k: v.ravel() for k, v in program(request).items()})
+        cut = lengths.cut(manifest, whole, sizes)
+        expected.append({k: v.ravel() for k, v in cut.items()})
+    joined = [
+        {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+        for parts in (found, expected)
+    ]
+    return "random inputs, at random lengths", witness.compare(*joined)
+
+
+def _next_shorter(sizes: tuple[int, ...], size: int) -> int:
+    return max((s for s in sizes if s < size), default=0)
+
+
+def _at(manifest: Manifest, bucket: LengthBucket, trial: Trial) -> Trial:
+    name, verdict = trial
+    sizes = manifest.sizes(bucket)
+    return (f"at {bucket_name(sizes)}, {name}" if sizes else name), verdict
+
+
+def _rows(arrays: Arrays) -> int:
+    return len(next(iter(arrays.values())))
