@@ -40,6 +40,7 @@ from aqt_engine.manifest import LengthBucket as LengthBucket
 from aqt_engine.manifest import Manifest as Manifest
 from aqt_engine.manifest import Role as Role
 from aqt_engine.manifest import TensorSpec as TensorSpec
+from aqt_engine.manifest import TileCost as TileCost
 from aqt_engine.manifest import WeightSpec as WeightSpec
 
 FORMAT_VERSION = 2
@@ -105,7 +106,7 @@ def write(
     lengths: Mapping[str, tuple[int, ...]] = _NONE,
     pads: Mapping[str, float] = _NONE,
     per_request: tuple[str, ...] = (),
-    tile_costs: Mapping[int, float] = _NONE,
+    tile_costs: Mapping[int, TileCost] = _NONE,
     check: Callable[[Bundle], None] = lambda written: None,
 ) -> Manifest:
     """Writes a bundle at `path`, whole or not at all, and returns its manifest.

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_engine import bundle, graphs, proof
+from aqt_engine import bundle, graphs, proof, tiles
 from aqt_engine.bundle import Arrays, Bundle
 from aqt_engine.convertible import ConversionError as ConversionError
 from aqt_engine.convertible import Convertible, LinenModel, ModelFactory
@@ -36,7 +36,7 @@ def convert(
     path: str | os.PathLike[str],
     *,
     signature: Signature = _PLAIN,
-    tile: int = DEFAULT_TILE,
+    tile: int | tiles.Measure = DEFAULT_TILE,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> bundle.Manifest:
     """Writes the model as a bundle at `path` (`.../NAME/VERSION`) and returns its manifest.
@@ -50,7 +50,9 @@ def convert(
         They fix the signature, and the first 256 rows become the witness.
       path: the directory to write, which must not exist.
       signature: symbolic dimensions with their buckets, and inputs that are one scalar per request.
-      tile: the number of rows at which the model is compiled, here and on every server.
+      tile: the number of rows at which the model is compiled, here and on every server; or how to
+        measure what each costs, `tiles.measured`, and the cheapest is taken. The default is a
+        number, so that the same call gives the same bits everywhere.
       on_stage: told what is being done, for whoever watches.
 
     Raises:
@@ -59,20 +61,26 @@ def convert(
         exact: they differ from training or depend on the other rows of a batch.
       FileExistsError: `path` exists.
     """
-    if tile < 2:
+    if isinstance(tile, int) and tile < 2:
         raise ConversionError(f"`tile` must be at least 2, got {tile}: XLA computes one row apart")
     inputs = signature.canonical(example)
     specs = signature.specs(inputs)
-    rows = {bucket: signature.witness(inputs, bucket, tile) for bucket in signature.buckets}
-    first = {name: array[:tile] for name, array in rows[signature.buckets[0]].items()}
     variables = jax.tree.map(jnp.asarray, variables)
     model = _convertible(model)
 
     on_stage("Quantizing the weights")
-    serving = model.serving(variables, first)
+    first = signature.witness(inputs, signature.buckets[0], DEFAULT_TILE)
+    serving = model.serving(variables, {k: a[:DEFAULT_TILE] for k, a in first.items()})
+
+    costs: Mapping[int, tiles.TileCost] = {}
+    if not isinstance(tile, int):
+        on_stage("Measuring what each tile costs")
+        costs = tile(serving, signature.witness(inputs, signature.buckets[-1], DEFAULT_TILE))
+        tile = tiles.cheapest(costs)
 
     on_stage("Running the training forward for the witness")
     train = jax.jit(graphs.named(model.train))
+    rows = {bucket: signature.witness(inputs, bucket, tile) for bucket in signature.buckets}
 
     def structs(bucket: LengthBucket) -> dict[str, jax.ShapeDtypeStruct]:
         return {s.name: s.with_rows(tile, signature.sizes(bucket)) for s in specs}
@@ -110,6 +118,7 @@ def convert(
         pads=signature.pads,
         per_request=tuple(signature.per_request),
         tile=tile,
+        tile_costs=costs,
         weights={leaf.name: np.asarray(leaf.value) for leaf in made.weights},
         roles={leaf.name: leaf.role for leaf in made.weights},
         float_nbytes=sum(leaf.nbytes for leaf in jax.tree.leaves(variables)),

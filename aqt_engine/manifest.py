@@ -47,6 +47,7 @@ def _rows_first(shape: tuple[int | str, ...]) -> tuple[int | str, ...]:
 
 _STRICT = ConfigDict(strict=True, extra="forbid")
 _Size = Annotated[int, Field(ge=0)]
+_Seconds = Annotated[float, Field(gt=0)]
 _Pad = bool | int | float
 _NO_SIZES: Mapping[str, int] = {}
 _DtypeName = Annotated[str, AfterValidator(_known_dtype)]
@@ -113,6 +114,20 @@ class FileDigest:
     nbytes: _Size
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TileCost:
+    """What a tile was measured to cost, in seconds: for a row alone, and for each row under load.
+
+    `cost` is the mean of the two that `aqt_engine.tiles` defines; the least is 1 or more.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    one_row_s: _Seconds
+    per_row_s: _Seconds
+    cost: _Seconds
+
+
 def _ascending(buckets: tuple[int, ...]) -> tuple[int, ...]:
     if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
         raise ValueError("lengths are positive and ascend, and there is at least one")
@@ -129,7 +144,7 @@ class Manifest:
     `lengths` has the buckets of each symbolic dimension: sizes that requests are padded to, with
     the value in `pads` (0 for inputs that are not there). An input in `per_request` is one scalar
     for all rows of a request. `tile` is the number of rows at which the graphs compute;
-    `tile_costs` are the costs that it was chosen by, by tile, and empty if it was given.
+    `tile_costs` is what each was measured to cost where it was chosen, and empty if it was given.
     `weights` stand in the order of the graphs' arguments; `inputs` follow them. `float_nbytes` is
     the size of the weights before conversion.
     """
@@ -142,7 +157,7 @@ class Manifest:
     pads: Mapping[str, _Pad]
     per_request: tuple[str, ...]
     tile: _Size
-    tile_costs: Mapping[str, Annotated[float, Field(gt=0)]]
+    tile_costs: Mapping[str, TileCost]
     weights: tuple[WeightSpec, ...]
     float_nbytes: _Size
     platforms: tuple[str, ...]

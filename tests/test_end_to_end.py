@@ -33,7 +33,7 @@ def digits(tmp_path_factory):
     save(variables, root / "checkpoint")
     np.savez(root / "example.npz", image=training.images[:100])
     result = aqt(
-        *("convert", "--model", "examples.digits.model:int8_model", "--json"),
+        *("convert", "--model", "examples.digits.model:int8_model", "--json", "--tile", "16"),
         *("--checkpoint", root / "checkpoint", "--example", root / "example.npz"),
         *("--output", root / "repository" / "digits" / "1"),
     )

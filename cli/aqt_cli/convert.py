@@ -1,5 +1,6 @@
 """`aqt convert`: a trained checkpoint and its model become a bundle."""
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aqt_cli import signature
 from aqt_cli.failures import as_sentence
 
 if TYPE_CHECKING:
@@ -45,9 +47,41 @@ def convert(
             "activations have a calibration that keeps statistics."
         ),
     ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="INPUT=batch,DIM,...",
+            help="The axes of an input of which some vary from request to request, as in "
+            "ids=batch,length. May be repeated.",
+        ),
+    ] = None,
+    lengths: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIM=SIZE,...",
+            help="The sizes that such an axis is padded to, as in length=16,32,64; the last is the "
+            "longest that is served. May be repeated.",
+        ),
+    ] = None,
+    pad: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="INPUT=VALUE", help="What an input is padded with, if not 0. May be repeated."
+        ),
+    ] = None,
+    per_request: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="INPUT", help="An input that is one scalar for all rows. May be repeated."
+        ),
+    ] = None,
     tile: Annotated[
-        int, typer.Option(help="Rows that are computed at once; the bits depend on it.")
-    ] = 16,
+        int | None,
+        typer.Option(
+            help="Rows that are computed at once; the bits depend on it. Without it, several are "
+            "measured on this machine and the cheapest is taken."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Converts a trained model for serving, and proves that it still answers what was trained."""
@@ -58,7 +92,9 @@ def convert(
     from aqt_engine.checkpoint import CheckpointError, load_variables
     from aqt_engine.convert import ConversionError, calibrate
     from aqt_engine.convert import convert as convert_model
+    from aqt_engine.tiles import measured
 
+    declared = signature.parse(shape or (), lengths or (), pad or (), per_request or ())
     progress = Console(stderr=True)
     with (
         as_sentence(BundleError, CheckpointError, ConversionError, FileExistsError, OSError),
@@ -75,13 +111,24 @@ def convert(
         if calibration is not None:
             show("Calibrating")
             variables = calibrate(factory, variables, _batches(_read(calibration)))
-        manifest = convert_model(factory, variables, inputs, output, tile=tile, on_stage=show)
+        manifest = convert_model(
+            factory,
+            variables,
+            inputs,
+            output,
+            signature=declared,
+            tile=measured if tile is None else tile,
+            on_stage=show,
+        )
     if as_json:
         typer.echo(
             json.dumps(
                 {
                     "bundle": str(output),
                     "tile": manifest.tile,
+                    "tile_costs": {
+                        k: dataclasses.asdict(c) for k, c in manifest.tile_costs.items()
+                    },
                     "float_bytes": manifest.float_nbytes,
                     "bundle_bytes": manifest.nbytes,
                 }
@@ -92,7 +139,7 @@ def convert(
         f"[bold]{output}[/bold]: weights {manifest.float_nbytes:,} bytes in float, "
         f"{manifest.nbytes:,} converted "
         f"([bold]{manifest.float_nbytes / max(1, manifest.nbytes):.2f}x[/bold] smaller); "
-        f"exact on its witness",
+        f"tile of {manifest.tile} rows, exact on its witness",
         soft_wrap=True,
     )
 

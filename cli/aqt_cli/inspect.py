@@ -56,7 +56,11 @@ def _document(bundle: Path, manifest: "Manifest") -> dict[str, Any]:
         "bundle": str(bundle),
         "inputs": [dataclasses.asdict(spec) for spec in manifest.inputs],
         "outputs": [dataclasses.asdict(spec) for spec in manifest.outputs],
+        "lengths": {name: list(sizes) for name, sizes in manifest.lengths.items()},
+        "pads": dict(manifest.pads),
+        "per_request": list(manifest.per_request),
         "tile": manifest.tile,
+        "tile_costs": {k: dataclasses.asdict(cost) for k, cost in manifest.tile_costs.items()},
         "platforms": list(manifest.platforms),
         "tools": dict(manifest.tools),
         "layers": _layers(manifest),
@@ -78,6 +82,10 @@ def _print(bundle: Path, manifest: "Manifest") -> None:
         for spec in specs:
             signature.add_row(side, spec.name, spec.dtype, str(list(spec.shape)))
     console.print(signature)
+    for name, sizes in manifest.lengths.items():
+        console.print(f"{name} is padded to {', '.join(map(str, sizes))}")
+    for name in manifest.per_request:
+        console.print(f"{name} is one scalar for all rows of a request")
 
     table = Table(title="Weights", title_justify="left")
     table.add_column("layer", overflow="fold")
