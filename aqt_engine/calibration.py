@@ -99,8 +99,8 @@ class AbsMeanCalibration(Calibration):
 class ConstantCalibration(Calibration):
     """A bound that is known beforehand, as of images in 0..1, and a bias if there is one.
 
-    Where both sides of a contraction have one, a compiler multiplies the two scales beforehand, and
-    a stored side may then differ in its last bit: conversion notices, and refuses.
+    A compiler multiplies it beforehand with what is constant in the other side's scale, and what is
+    served from a stored side may then differ in its last bit: conversion notices, and refuses.
 
     Raises:
       ValueError: the numbers are not finite, or the bound is not positive.

@@ -22,6 +22,7 @@ from aqt_engine.bundle import Arrays, Bundle
 from aqt_engine.convertible import ConversionError as ConversionError
 from aqt_engine.convertible import Convertible, LinenModel, ModelFactory
 from aqt_engine.execution import Program
+from aqt_engine.folding import Function as Function
 from aqt_engine.manifest import LengthBucket
 from aqt_engine.signature import Signature as Signature
 

@@ -47,6 +47,26 @@ class Serving:
     forward: Callable[[Sequence[jax.Array], Inputs], Any]
 
 
+def leaves_of(variables: Any) -> list[Leaf]:
+    """The arrays of `variables` in the order in which JAX flattens them, called after their places.
+
+    One array alone is called "weight".
+    """
+    leaves: list[Leaf] = []
+    for path, value in jax.tree_util.tree_flatten_with_path(variables, is_leaf=_is_stored)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "weight"
+        if not _is_stored(value):
+            leaves.append(Leaf(name=name, value=value, role="float"))
+            continue
+        if isinstance(value, QTensor):
+            leaves.append(Leaf(name=f"{name}/qvalue", value=value.qvalue, role="qvalue"))
+        if value.scale is not None:
+            leaves.append(Leaf(name=f"{name}/scale", value=value.scale, role="scale"))
+        if value.bias is not None:
+            leaves.append(Leaf(name=f"{name}/bias", value=value.bias, role="bias"))
+    return leaves
+
+
 class Convertible(abc.ABC):
     """A model that `aqt_engine.convert` takes.
 
@@ -97,7 +117,7 @@ class LinenModel(Convertible):
         def forward(values: Sequence[jax.Array], inputs: Inputs) -> Any:
             return module.apply(jax.tree.unflatten(tree, values), inputs, method=_call)
 
-        return Serving(leaves=_leaves(everything), forward=forward)
+        return Serving(leaves=leaves_of(everything), forward=forward)
 
     def calibrated(self, variables: Any, batches: Iterable[Inputs]) -> Any:
         """`variables` with the collection `aqt_statistics` as CALIBRATE leaves it."""
@@ -159,23 +179,6 @@ def _changed(
     """The collections that a run of `module` changed or made."""
     run = module.apply(variables, inputs, method=_call, mutable=mutable)
     return cast(tuple[Any, Mapping[str, Any]], run)[1]
-
-
-def _leaves(variables: Mapping[str, Any]) -> list[Leaf]:
-    """The arrays of `variables` in the order in which JAX flattens them."""
-    leaves: list[Leaf] = []
-    for path, value in jax.tree_util.tree_flatten_with_path(variables, is_leaf=_is_stored)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not _is_stored(value):
-            leaves.append(Leaf(name=name, value=value, role="float"))
-            continue
-        if isinstance(value, QTensor):
-            leaves.append(Leaf(name=f"{name}/qvalue", value=value.qvalue, role="qvalue"))
-        if value.scale is not None:
-            leaves.append(Leaf(name=f"{name}/scale", value=value.scale, role="scale"))
-        if value.bias is not None:
-            leaves.append(Leaf(name=f"{name}/bias", value=value.bias, role="bias"))
-    return leaves
 
 
 def _is_qtensor(leaf: Any) -> bool:

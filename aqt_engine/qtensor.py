@@ -2,10 +2,24 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+MARKS: Mapping[str, Literal["qvalue", "scale", "bias"]] = {
+    "aqt_qvalue": "qvalue",
+    "aqt_scale": "scale",
+    "aqt_bias": "bias",
+}
+"""The names that `jax.ad_checkpoint` knows what was quantized by, and what they are the names of.
+
+Conversion finds it by them; a policy of `jax.checkpoint` may save it by them. They are in the
+jaxpr alone: nothing is compiled of them.
+"""
 
 
 @functools.partial(
@@ -22,6 +36,11 @@ class Scale:
 
     scale: jax.Array
     bias: jax.Array | None = None
+
+    def marked(self) -> "Scale":
+        """The same, under the names `aqt_scale` and `aqt_bias`."""
+        bias = None if self.bias is None else checkpoint_name(self.bias, "aqt_bias")
+        return Scale(checkpoint_name(self.scale, "aqt_scale"), bias)
 
 
 @functools.partial(

@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import Partial
 from jax.typing import DTypeLike
 
@@ -84,9 +85,10 @@ class Quantizer:
     def quant_with(self, scale: Scale, x: jax.Array) -> tuple[QTensor, Gradient]:
         """As `quant`, with a `scale` that is given rather than calibrated."""
         numerics = self._numerics()
+        scale = scale.marked()
         shifted = x if scale.bias is None else x + scale.bias
         scaled = shifted * reciprocal(scale.scale)
-        qvalue = numerics.quantize(scaled, self.context.key)
+        qvalue = checkpoint_name(numerics.quantize(scaled, self.context.key), "aqt_qvalue")
         gradient = Partial(_straight_through, numerics.gradient_mask(scaled))
         return QTensor(qvalue, scale.scale, x.dtype, scale.bias), gradient
 
