@@ -1,22 +1,15 @@
 """`aqt convert`: a trained checkpoint and its model become a bundle."""
 
 import dataclasses
-import importlib
 import json
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from aqt_cli import signature
 from aqt_cli.failures import as_sentence
-
-if TYPE_CHECKING:
-    import numpy as np
-
-_CALIBRATION_ROWS = 64
+from aqt_cli.sources import batches, load_factory, read_arrays
 
 
 def convert(
@@ -100,9 +93,9 @@ def convert(
         as_sentence(BundleError, CheckpointError, ConversionError, FileExistsError, OSError),
         progress.status("Reading the checkpoint") as status,
     ):
-        factory = _load_factory(model)
+        factory = load_factory(model)
         variables = load_variables(checkpoint)
-        inputs = _read(example)
+        inputs = read_arrays(example)
 
         def show(stage: str) -> None:
             progress.print(f"  {stage}", style="dim")
@@ -110,7 +103,7 @@ def convert(
 
         if calibration is not None:
             show("Calibrating")
-            variables = calibrate(factory, variables, _batches(_read(calibration)))
+            variables = calibrate(factory, variables, batches(read_arrays(calibration)))
         manifest = convert_model(
             factory,
             variables,
@@ -142,44 +135,3 @@ def convert(
         f"tile of {manifest.tile} rows, exact on its witness",
         soft_wrap=True,
     )
-
-
-def _read(file: Path) -> dict[str, "np.ndarray[Any, Any]"]:
-    import numpy as np
-
-    from aqt_engine.convert import ConversionError
-
-    try:
-        with np.load(file) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (ValueError, AttributeError) as error:
-        raise ConversionError(
-            f"{file} is no .npz file of plain arrays ({error}): write it with numpy.savez"
-        ) from error
-
-
-def _batches(
-    arrays: dict[str, "np.ndarray[Any, Any]"],
-) -> Iterator[dict[str, "np.ndarray[Any, Any]"]]:
-    rows = min(map(len, arrays.values()), default=0)
-    for start in range(0, max(rows, 1), _CALIBRATION_ROWS):
-        yield {name: array[start : start + _CALIBRATION_ROWS] for name, array in arrays.items()}
-
-
-def _load_factory(reference: str) -> Callable[..., Any]:
-    module_name, _, attribute = reference.partition(":")
-    if not module_name or not attribute:
-        raise typer.BadParameter(
-            f"{reference!r} is not of the form package.module:factory", param_hint="--model"
-        )
-    # A console script does not have the working directory on its path, where models mostly are.
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except ModuleNotFoundError as error:
-        raise typer.BadParameter(
-            f"{error}; run `aqt convert` where {module_name!r} can be imported",
-            param_hint="--model",
-        ) from error
-    except AttributeError as error:
-        raise typer.BadParameter(str(error), param_hint="--model") from error
