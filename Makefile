@@ -4,10 +4,13 @@ BIN := .venv/bin
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade pyproject.toml --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-annotate --no-header
 
-.PHONY: demo test check fmt proto lock clean
+.PHONY: demo zoo test check fmt proto lock clean
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
 	$(BIN)/python -m examples.digits.demo
+
+zoo: .venv/installed  ## the same for every model of examples/zoo.py: under ten minutes
+	$(BIN)/python -m examples.zoo
 
 test: check  ## all tests
 	$(BIN)/python -m pytest -q -n 2 -m slow

@@ -14,7 +14,8 @@ from aqt_engine import QuantMode
 from engine.contractions import assert_same_bits
 from examples.digits.demo import training_forward
 from examples.digits.model import int8_model
-from examples.digits.train import save, split_digits, train
+from examples.digits.train import split_digits, train
+from examples.pipeline import save
 from server_process import AQT, WAIT_S, serving
 
 pytestmark = pytest.mark.slow

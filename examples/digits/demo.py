@@ -4,34 +4,27 @@ Run by `make demo`, or `python -m examples.digits.demo`.
 """
 
 import asyncio
-import contextlib
-import shlex
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 from aqt_client import AsyncClient
 from aqt_engine import QuantMode, bundle, witness
 from examples.digits.model import Mixer, float_model, int8_model
-from examples.digits.train import EPOCHS, Digits, accuracy, save, split_digits, train
+from examples.digits.train import EPOCHS, Digits, accuracy, split_digits, train
+from examples.entry import forward_of
+from examples.pipeline import aqt, console, save, server, shown, size_on_disk
 
 OUT = Path("out/digits")
 CLIENTS = 16
 REQUESTS = 50
 MAX_ROWS = 24
-
-console = Console()
 
 
 def main() -> None:
@@ -50,16 +43,16 @@ def main() -> None:
     checkpoint = OUT / "checkpoints" / "AQT_int8"
     np.savez(OUT / "example.npz", image=training.images[:256])
     served = OUT / "repository" / "digits" / "1"
-    _aqt(
+    aqt(
         *("convert", "--model", "examples.digits.model:int8_model", "--checkpoint", checkpoint),
         *("--example", OUT / "example.npz", "--output", served),
     )
-    _aqt("inspect", served)
+    aqt("inspect", served)
     manifest = bundle.read_manifest(served)
 
     console.rule(f"Serving to {CLIENTS} concurrent clients")
     truth = training_forward(variables["AQT int8"], held_out.images, manifest.tile)
-    with _server(OUT / "repository") as address:
+    with server(OUT / "repository") as address:
         answers, picks, seconds, elapsed = asyncio.run(_classify(address, held_out.images))
     differing = 0
     served_digits = np.full(len(held_out.labels), -1)
@@ -77,14 +70,14 @@ def main() -> None:
             f"{losses[name]:.4f}",
             f"{accuracy(model, variables[name], held_out):.2%}",
             f"{manifest.float_nbytes:,} bytes",
-            f"{_size(OUT / 'checkpoints' / name.replace(' ', '_')):,} bytes",
+            f"{size_on_disk(OUT / 'checkpoints' / name.replace(' ', '_')):,} bytes",
         )
     table.add_row(
         "AQT int8, served",
         "",
         f"{(served_digits == held_out.labels).mean():.2%}",
         f"{manifest.nbytes:,} bytes",
-        f"{_size(served / 'weights'):,} bytes",
+        f"{size_on_disk(served / 'weights'):,} bytes",
     )
     console.print(table)
     rows = sum(map(len, picks))
@@ -103,8 +96,8 @@ def main() -> None:
     console.rule("Go on playing")
     np.savez(OUT / "one.npz", image=held_out.images[:1])
     console.print(
-        f"  {_shown('aqt')} serve --model-repository {OUT / 'repository'}\n"
-        f"  {_shown('aqt')} predict digits --inputs {OUT / 'one.npz'}      (in another terminal)",
+        f"  {shown('aqt')} serve --model-repository {OUT / 'repository'}\n"
+        f"  {shown('aqt')} predict digits --inputs {OUT / 'one.npz'}      (in another terminal)",
         soft_wrap=True,
     )
     if differing:
@@ -113,11 +106,7 @@ def main() -> None:
 
 def training_forward(variables, images: np.ndarray, tile: int) -> dict[str, np.ndarray]:
     """What the model answers in TRAIN mode, compiled at the tile: what has to be served."""
-    forward = jax.jit(int8_model(QuantMode.TRAIN).apply)
-    rows = len(images)
-    padded = np.resize(images, (-(-rows // tile) * tile, *images.shape[1:]))
-    tiles = [forward(variables, padded[i : i + tile]) for i in range(0, len(padded), tile)]
-    return {name: np.concatenate([t[name] for t in tiles])[:rows] for name in tiles[0]}
+    return forward_of(int8_model(QuantMode.TRAIN), variables, tile)({"image": images})
 
 
 def _train(progress: Progress, name: str, model: Mixer, data: Digits):
@@ -130,43 +119,6 @@ def _train(progress: Progress, name: str, model: Mixer, data: Digits):
         progress.update(task, advance=1, loss=f"loss {loss:.4f}")
 
     return train(model, data, on_epoch=on_epoch), last
-
-
-def _aqt(*arguments: str | Path) -> None:
-    console.print(f"[dim]$ aqt {shlex.join(map(str, arguments))}[/dim]", soft_wrap=True)
-    subprocess.run([_command("aqt"), *arguments], check=True)
-
-
-def _size(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-
-
-def _command(name: str) -> Path:
-    """A console script of the environment that this runs in, activated or not."""
-    return Path(sys.executable).parent / name
-
-
-def _shown(name: str) -> Path | str:
-    command = _command(name)
-    return command.relative_to(Path.cwd()) if command.is_relative_to(Path.cwd()) else name
-
-
-@contextlib.contextmanager
-def _server(repository: Path) -> Iterator[str]:
-    """A server process of its own, on a free port; gives its address."""
-    command = [_command("aqt"), "serve", "--model-repository", repository]
-    command += ["--port", "0", "--metrics-port", "0"]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        try:
-            first_line = process.stdout.readline()
-            if not first_line.startswith("listening on "):
-                log.seek(0)
-                sys.exit(f"the server did not start: {log.read()}")
-            yield first_line.split()[-1]
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=60)
 
 
 async def _classify(address: str, images: np.ndarray):

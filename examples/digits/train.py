@@ -2,16 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from sklearn.datasets import load_digits
-
-from examples.digits.model import Mixer
 
 EPOCHS = 30
 BATCH = 64
@@ -39,7 +36,7 @@ def split_digits() -> tuple[Digits, Digits]:
 
 
 def train(
-    model: Mixer,
+    model: nn.Module,
     data: Digits,
     *,
     epochs: int = EPOCHS,
@@ -78,13 +75,7 @@ def train(
     return variables
 
 
-def accuracy(model: Mixer, variables: Mapping[str, jax.Array], data: Digits) -> float:
+def accuracy(model: nn.Module, variables: Mapping[str, jax.Array], data: Digits) -> float:
     """The share of `data` that is classified rightly."""
     digit = jax.jit(model.apply)(variables, data.images)["digit"]
     return float((np.asarray(digit) == data.labels).mean())
-
-
-def save(variables: Mapping[str, jax.Array], path: Path) -> None:
-    """Writes an Orbax checkpoint."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), variables)

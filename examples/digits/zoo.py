@@ -1,0 +1,85 @@
+"""The digits classifiers as the zoo lists them."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from aqt_engine import QuantMode
+from examples.digits import convnet, model
+from examples.digits.train import split_digits, train
+from examples.entry import Arrays, Forward, Model, answers, forward_of
+
+EPOCHS = 12
+
+_FACTORIES = {
+    "mixer_float": lambda mode: model.float_model(),
+    "mixer": model.int8_model,
+    "conv_float": convnet.float_model,
+    "conv_int8": convnet.int8_model,
+    "conv_int4": convnet.int4_model,
+}
+
+
+def inputs(rng: np.random.Generator, rows: int) -> Arrays:
+    images = split_digits()[1].images
+    return {"image": images[rng.integers(0, len(images), rows)]}
+
+
+def quality(forward: Forward) -> float:
+    held_out = split_digits()[1]
+    found = answers(forward, {"image": held_out.images})["digit"]
+    return float((found == held_out.labels).mean())
+
+
+@functools.cache
+def _trained(name: str, fast: bool) -> Mapping[str, Any]:
+    if fast:
+        return _module(name).init(jax.random.key(0), split_digits()[0].images[:1])
+    return train(_module(name), split_digits()[0], epochs=EPOCHS, on_epoch=lambda loss: None)
+
+
+def _module(name: str) -> nn.Module:
+    return _FACTORIES[name](QuantMode.TRAIN)
+
+
+def _float_quality(name: str) -> float:
+    return quality(forward_of(_module(name), _trained(name, False)))
+
+
+def _model(name: str, summary: str, factory: str, float_name: str) -> Model:
+    return Model(
+        name=f"digits_{name}",
+        summary=summary,
+        factory=factory,
+        variables=functools.partial(_trained, name),
+        inputs=inputs,
+        metric="accuracy",
+        quality=quality,
+        float_quality=functools.partial(_float_quality, float_name),
+    )
+
+
+MODELS = (
+    _model(
+        "mixer",
+        "patch mixer of handwritten digits, trained in int8",
+        "examples.digits.model:int8_model",
+        "mixer_float",
+    ),
+    _model(
+        "conv_int8",
+        "convolutional network of handwritten digits, trained in int8",
+        "examples.digits.convnet:int8_model",
+        "conv_float",
+    ),
+    _model(
+        "conv_int4",
+        "the same, trained with int4 weights and activations",
+        "examples.digits.convnet:int4_model",
+        "conv_float",
+    ),
+)

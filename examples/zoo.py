@@ -1,0 +1,117 @@
+"""Every model of the zoo by name; run, it converts, serves and compares them.
+
+`make zoo` runs all, `python -m examples.zoo digits_conv_int8` those that are named.
+"""
+
+import argparse
+import concurrent.futures
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from aqt_client import Client
+from aqt_engine import bundle, witness
+from examples.digits.zoo import MODELS as DIGITS
+from examples.entry import Arrays, Forward, Model
+from examples.pipeline import aqt, console, save, server, size_on_disk, wait_ready
+
+MODELS = {model.name: model for model in (*DIGITS,)}
+
+OUT = Path("out/zoo")
+EXAMPLE_ROWS = 32
+POOL_ROWS = 48
+CLIENTS = 4
+REQUESTS = 32
+MAX_ROWS = 24
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", metavar="NAME", help=", ".join(MODELS))
+    names = parser.parse_args().models or list(MODELS)
+    if unknown := sorted(set(names) - set(MODELS)):
+        parser.error(f"no model is called {unknown[0]}; there are {', '.join(MODELS)}")
+    shutil.rmtree(OUT, ignore_errors=True)
+    models = [MODELS[name] for name in names]
+    references = {model.name: make(model, OUT) for model in models}
+    console.rule(f"Serving to {CLIENTS} concurrent clients")
+    table = Table("model", "metric", title="The zoo", title_justify="left")
+    for column in ("float", "served", "float bytes", "served bytes", "on disk", "values", "differ"):
+        table.add_column(column, justify="right")
+    wrong = 0
+    with server(OUT / "repository") as address, Client(address, timeout_s=120) as client:
+        for model in models:
+            wait_ready(client, model.name)
+            values, differ = compare(model, references[model.name], client)
+            wrong += differ
+            converted = OUT / "repository" / model.name / "1"
+            manifest = bundle.read_manifest(converted)
+            table.add_row(
+                model.name,
+                model.metric,
+                f"{model.float_quality():.4f}",
+                f"{model.quality(served(client, model)):.4f}",
+                f"{manifest.float_nbytes:,}",
+                f"{manifest.nbytes:,}",
+                f"{size_on_disk(converted / 'weights'):,}",
+                f"{values:,}",
+                str(differ),
+            )
+    console.print(table)
+    if wrong:
+        sys.exit("served answers are not those of training")
+
+
+def make(model: Model, out: Path, *, fast: bool = False) -> Forward:
+    """Trains or takes `model` and converts it into `out`'s repository; gives its R."""
+    console.rule(f"{model.name}: {model.summary}")
+    started = time.monotonic()
+    variables = model.variables(fast)
+    console.print(f"trained or taken in {time.monotonic() - started:.0f} s")
+    files = out / model.name
+    save(variables, files / "checkpoint")
+    np.savez(files / "example.npz", **model.inputs(np.random.default_rng(0), EXAMPLE_ROWS))
+    calibration: Sequence[str | Path] = ()
+    if model.calibration is not None:
+        np.savez(files / "calibration.npz", **model.calibration())
+        calibration = ("--calibration", files / "calibration.npz")
+    converted = out / "repository" / model.name / "1"
+    aqt(
+        *("convert", "--model", model.factory, "--checkpoint", files / "checkpoint"),
+        *("--example", files / "example.npz", *calibration, "--output", converted),
+    )
+    return model.training_forward(variables, bundle.read_manifest(converted).tile)
+
+
+def served(client: Client, model: Model) -> Forward:
+    """The model behind the server."""
+    return lambda inputs: client.infer(model.name, inputs).outputs
+
+
+def compare(model: Model, reference: Forward, client: Client) -> tuple[int, int]:
+    """Asks from several threads in requests of random rows; counts values, and those that differ.
+
+    Each row of a pool is asked for in many requests, in different company each time.
+    """
+    rng = np.random.default_rng(1)
+    pool = model.inputs(rng, POOL_ROWS)
+    expected = reference(pool)
+    picks = [rng.integers(0, POOL_ROWS, rng.integers(1, MAX_ROWS + 1)) for _ in range(REQUESTS)]
+
+    def ask(pick: np.ndarray) -> witness.Verdict:
+        found: Arrays = served(client, model)({k: v[pick] for k, v in pool.items()})
+        return witness.compare(found, {k: v[pick] for k, v in expected.items()})
+
+    with concurrent.futures.ThreadPoolExecutor(CLIENTS) as threads:
+        verdicts = list(threads.map(ask, picks))
+    differences = [d for verdict in verdicts for d in verdict.differences]
+    return sum(d.total for d in differences), sum(d.values for d in differences)
+
+
+if __name__ == "__main__":
+    main()
