@@ -33,6 +33,7 @@ class Model:
       metric: what `quality` measures.
       quality: of a forward, on data that was held out of training.
       float_quality: the same of the model before quantization, or trained without.
+      tile: the rows that are computed at once.
       calibration: inputs to learn static scales from, for a model that has them.
     """
 
@@ -44,6 +45,7 @@ class Model:
     metric: str
     quality: Callable[[Forward], float]
     float_quality: Callable[[], float]
+    tile: int = 16
     calibration: Callable[[], Arrays] | None = None
 
     def module(self, quant_mode: QuantMode) -> nn.Module:
@@ -51,12 +53,12 @@ class Model:
         module, _, function = self.factory.partition(":")
         return getattr(importlib.import_module(module), function)(quant_mode)
 
-    def training_forward(self, variables: Mapping[str, Any], tile: int) -> Forward:
+    def training_forward(self, variables: Mapping[str, Any]) -> Forward:
         """R: the model in TRAIN mode, compiled at the tile; for variables as they were trained."""
         if self.calibration is not None:
             batches = in_chunks(self.calibration(), CHUNK)
             variables = calibrate(self.module, variables, batches)
-        return forward_of(self.module(QuantMode.TRAIN), variables, tile)
+        return forward_of(self.module(QuantMode.TRAIN), variables, self.tile)
 
 
 def forward_of(module: nn.Module, variables: Mapping[str, Any], tile: int = CHUNK) -> Forward:

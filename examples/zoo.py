@@ -83,9 +83,10 @@ def make(model: Model, out: Path, *, fast: bool = False) -> Forward:
     converted = out / "repository" / model.name / "1"
     aqt(
         *("convert", "--model", model.factory, "--checkpoint", files / "checkpoint"),
-        *("--example", files / "example.npz", *calibration, "--output", converted),
+        *("--example", files / "example.npz", *calibration, "--tile", str(model.tile)),
+        *("--output", converted),
     )
-    return model.training_forward(variables, bundle.read_manifest(converted).tile)
+    return model.training_forward(variables)
 
 
 def served(client: Client, model: Model) -> Forward:
