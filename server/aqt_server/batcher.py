@@ -2,16 +2,17 @@
 
 There is one queue and one thread that computes. While it computes, requests gather; when it is
 free, it takes as many whole requests as fit, those of a higher priority first and otherwise in the
-order of their arrival. No request waits for company: alone, it runs at once. A request whose
-caller has gone, or whose deadline has passed, leaves the queue and is never computed. That
-companions do not change an answer is the program's promise.
+order of their arrival. A batch is of one group, that of the request whose turn it is: requests of
+other shapes are passed over and keep their places. No request waits for company: alone, it runs at
+once. A request whose caller has gone, or whose deadline has passed, leaves the queue and is never
+computed. That companions do not change an answer is the program's promise.
 """
 
 import asyncio
 import collections
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -41,6 +42,7 @@ class Answer:
 class _Waiting:
     inputs: Arrays
     rows: int
+    group: Hashable
     priority: int
     deadline: float | None
     queued: int
@@ -88,12 +90,18 @@ class Batcher:
         return sum(map(len, self._levels))
 
     async def run(
-        self, inputs: Arrays, *, priority: int = DEFAULT_PRIORITY, deadline: float | None = None
+        self,
+        inputs: Arrays,
+        *,
+        group: Hashable = (),
+        priority: int = DEFAULT_PRIORITY,
+        deadline: float | None = None,
     ) -> Answer:
         """The answer to one request.
 
-        `priority` is from 1, the highest, to `PRIORITY_LEVELS`. `deadline` is in the event loop's
-        time; a request that is computed by then is answered, however long that takes.
+        Requests of one `group` have inputs of the same shapes but for the rows. `priority` is from
+        1, the highest, to `PRIORITY_LEVELS`. `deadline` is in the event loop's time; a request that
+        is computed by then is answered, however long that takes.
 
         Raises:
           InvalidRequest: it has more rows than the queue may ever hold.
@@ -107,6 +115,7 @@ class Batcher:
         waiting = _Waiting(
             inputs=inputs,
             rows=rows,
+            group=group,
             priority=priority,
             deadline=deadline,
             queued=time.monotonic_ns(),
@@ -204,10 +213,11 @@ class Batcher:
         batch: list[_Waiting] = []
         rows = 0
         for level in self._levels:
-            while level:
-                waiting = next(iter(level))
+            for waiting in list(level):
                 if waiting.deadline is not None and waiting.deadline <= now:
                     self._expire(waiting)
+                    continue
+                if batch and waiting.group != batch[0].group:
                     continue
                 if batch and rows + waiting.rows > self._max_batch_rows:
                     return batch

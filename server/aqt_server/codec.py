@@ -1,11 +1,13 @@
 """From the wire to arrays: checks the inputs of a request against a model's signature."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from aqt_engine.bundle import Manifest, TensorSpec
+from aqt_engine import lengths
+from aqt_engine.bundle import Arrays, LengthBucket, Manifest, TensorSpec
 from aqt_protos import open_inference_pb2 as pb
 from aqt_protos.tensors import Datatype, datatype, datatype_of, from_contents, from_raw
 from aqt_server.errors import InvalidRequest
@@ -14,10 +16,22 @@ from aqt_server.shared_memory import Regions
 _Input = pb.ModelInferRequest.InferInputTensor
 
 
-def decode(
-    request: pb.ModelInferRequest, manifest: Manifest, regions: Regions
-) -> dict[str, np.ndarray[Any, Any]]:
-    """The inputs of `request` by name, in the signature's order, all with the same rows.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """A request's inputs as its program takes them, all with `rows` rows.
+
+    Symbolic dimensions are padded from `sizes`, which the answer is cut back to, to
+    `length_bucket`.
+    """
+
+    inputs: Arrays
+    rows: int
+    length_bucket: LengthBucket
+    sizes: Mapping[str, int]
+
+
+def decode(request: pb.ModelInferRequest, manifest: Manifest, regions: Regions) -> Decoded:
+    """The inputs of `request`, in the signature's order.
 
     Raises:
       InvalidRequest: they do not fit the signature; the message says which input and why.
@@ -26,16 +40,35 @@ def decode(
     _check_names(request, manifest)
     specs = {spec.name: spec for spec in manifest.inputs}
     raw = _raw_contents(request, regions)
-    arrays = {tensor.name: _array(tensor, raw, specs[tensor.name]) for tensor in request.inputs}
-    if len({len(array) for array in arrays.values()}) > 1:
-        rows = ", ".join(f"{name!r} has {len(array)}" for name, array in arrays.items())
+    arrays = {t.name: _array(t, raw, specs[t.name], manifest) for t in request.inputs}
+    counted = {k: len(array) for k, array in arrays.items() if k not in manifest.per_request}
+    if len(set(counted.values())) > 1:
+        rows = ", ".join(f"{name!r} has {count}" for name, count in counted.items())
         raise InvalidRequest(f"inputs must have the same number of rows, and {rows}")
-    return {spec.name: arrays[spec.name] for spec in manifest.inputs}
+    rows = next(iter(counted.values()), 1)
+    for name in manifest.per_request:
+        arrays[name] = np.broadcast_to(arrays[name].reshape(()), (rows,))
+    inputs = {spec.name: arrays[spec.name] for spec in manifest.inputs}
+    try:
+        sizes = lengths.lengths_of(manifest, inputs)
+        bucket = lengths.smallest(manifest, sizes)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+    if sizes:
+        inputs = lengths.pad(manifest, inputs, bucket)
+    return Decoded(inputs=inputs, rows=rows, length_bucket=bucket, sizes=sizes)
 
 
 def describe(spec: TensorSpec) -> tuple[str, list[int]]:
-    """The protocol's datatype and shape of `spec`, where -1 counts rows."""
-    return datatype_of(np.dtype(spec.dtype)).name, [-1, *(int(d) for d in spec.shape[1:])]
+    """The protocol's datatype and shape of `spec`; -1 is rows, or what a request chooses."""
+    name = datatype_of(np.dtype(spec.dtype)).name
+    return name, [-1 if isinstance(dim, str) else dim for dim in spec.shape]
+
+
+def describe_input(spec: TensorSpec, manifest: Manifest) -> tuple[str, list[int]]:
+    """The protocol's datatype and shape of an input: [1] for one scalar per request."""
+    name, shape = describe(spec)
+    return name, [1] if spec.name in manifest.per_request else shape
 
 
 def _check_names(request: pb.ModelInferRequest, manifest: Manifest) -> None:
@@ -81,10 +114,11 @@ def _raw_contents(request: pb.ModelInferRequest, regions: Regions) -> dict[str, 
 
 
 def _array(
-    tensor: _Input, raw_contents: Mapping[str, bytes], spec: TensorSpec
+    tensor: _Input, raw_contents: Mapping[str, bytes], spec: TensorSpec, manifest: Manifest
 ) -> np.ndarray[Any, Any]:
-    kind = _checked_datatype(tensor, spec)
-    _check_shape(tensor.shape, spec)
+    expected, shape = describe_input(spec, manifest)
+    kind = _checked_datatype(tensor, expected)
+    _check_shape(tensor, shape)
     raw = raw_contents.get(spec.name)
     if raw is not None and tensor.HasField("contents"):
         raise InvalidRequest(
@@ -99,23 +133,28 @@ def _array(
         raise InvalidRequest(f"input {spec.name!r}: {error}") from error
 
 
-def _checked_datatype(tensor: _Input, spec: TensorSpec) -> Datatype:
-    expected, _ = describe(spec)
+def _checked_datatype(tensor: _Input, expected: str) -> Datatype:
     if tensor.datatype != expected:
         raise InvalidRequest(
-            f"input {spec.name!r} has datatype {tensor.datatype!r}, and the model takes "
+            f"input {tensor.name!r} has datatype {tensor.datatype!r}, and the model takes "
             f"{expected}: convert it before it is sent"
         )
     return datatype(expected)
 
 
-def _check_shape(shape: Sequence[int], spec: TensorSpec) -> None:
-    _, expected = describe(spec)
-    fits = len(shape) == len(expected) and list(shape[1:]) == expected[1:] and shape[0] >= 0
+def _check_shape(tensor: _Input, expected: Sequence[int]) -> None:
+    shape = list(tensor.shape)
+    fits = expected == [1] and shape == []
+    fits |= len(shape) == len(expected) and all(
+        found == size or (size == -1 and found >= 0)
+        for found, size in zip(shape, expected, strict=True)
+    )
     if not fits:
+        meaning = "one value for all rows" if expected == [1] else "where -1 is any number of rows"
+        if -1 in expected[1:]:
+            meaning = "where the first -1 is any number of rows, and another any length"
         raise InvalidRequest(
-            f"input {spec.name!r} has shape {list(shape)}, and the model takes {expected}, where "
-            f"-1 is any number of rows"
+            f"input {tensor.name!r} has shape {shape}, and the model takes {expected}, {meaning}"
         )
 
 

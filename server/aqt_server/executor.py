@@ -5,15 +5,17 @@ All of this blocks and belongs in a thread. Nothing here knows of requests.
 
 import dataclasses
 import itertools
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from aqt_engine import bundle, witness
+from aqt_engine import bundle, proof
 from aqt_engine.bundle import Arrays, Bundle, Manifest
-from aqt_engine.execution import Program
+from aqt_engine.execution import Mode, Program
 
 
 class InexactError(Exception):
@@ -27,16 +29,17 @@ class Executor:
     types are compiled as everywhere else.
     """
 
-    def __init__(self, loaded: Bundle, *, max_batch_rows: int):
-        arrays = itertools.chain(
-            loaded.manifest.inputs, loaded.manifest.outputs, loaded.manifest.weights
-        )
+    def __init__(self, loaded: Bundle, *, max_batch_rows: int, mode: Mode = Mode.EXACT):
+        manifest = loaded.manifest
+        arrays = itertools.chain(manifest.inputs, manifest.outputs, manifest.weights)
         self._in_64_bits = any(np.dtype(spec.dtype).itemsize == 8 for spec in arrays)
+        self._bundle = loaded
         with jax.enable_x64(self._in_64_bits):
-            self._program = Program(loaded, max_rows=max_batch_rows)
-            for bucket in self._program.buckets:
-                self._program.compile(bucket)
-        self.bucket_rows = tuple(b * loaded.manifest.tile for b in self._program.buckets)
+            self._program = Program(loaded, max_rows=max_batch_rows, mode=mode)
+            for length_bucket in manifest.length_buckets:
+                for bucket in self._program.buckets:
+                    self._program.compile(bucket, length_bucket)
+        self.bucket_rows = tuple(b * manifest.tile for b in self._program.buckets)
         """Numbers of rows that are computed at once, ascending; others are padded to the next."""
 
     def __call__(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
@@ -44,33 +47,97 @@ class Executor:
         with jax.enable_x64(self._in_64_bits):
             return self._program(inputs)
 
+    def prove(self, *, more_s: float) -> "Proof":
+        """The witness in every executable; for `more_s` seconds more all that can be tried."""
+        manifest, witnesses = self._bundle.manifest, self._bundle.witnesses
+        rows = self._program.max_rows
+        needed = proof.executables(manifest, witnesses, rows)
+        ends = None
+        passed, failed, stopped = 0, list[str](), False
+        with jax.enable_x64(self._in_64_bits):
+            for trial, verdict in self._trials(rows):
+                passed += verdict.exact
+                if not verdict.exact:
+                    failed.append(f"{trial}, it is {verdict}")
+                if passed + len(failed) < needed:
+                    continue
+                now = time.monotonic()
+                ends = now + more_s if ends is None else ends
+                # A failure is a failure, however many there are.
+                stopped = bool(failed) or now >= ends
+                if stopped:
+                    break
+        return Proof(passed=passed, failed=tuple(failed), whole=not stopped)
+
+    def _trials(self, rows: int) -> Iterator[proof.Trial]:
+        manifest, witnesses = self._bundle.manifest, self._bundle.witnesses
+        yield from proof.of_witnesses(self._program, manifest, witnesses, rows=rows)
+        reference = proof.tile_by_tile(self._bundle)
+        yield from proof.of_random_inputs(self._program, reference, witnesses)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """What came of the trials: how many passed, in words which failed, and whether all were made.
+
+    Those that prove each executable with the witness were made in any case.
+    """
+
+    passed: int
+    failed: tuple[str, ...]
+    whole: bool
+
+    def __str__(self) -> str:
+        if self.failed:
+            return f"not exact: {self.failed[0]}"
+        end = "" if self.whole else ", and then time was up"
+        return f"exact: no bit differs in {self.passed} trials{end}"
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A version that is ready to compute. `exact` says whether its witness reproduced here."""
+    """A version that is ready to compute.
+
+    `exact` says whether it is in mode exact and was proved here; `verdict` says so in a sentence.
+    """
 
     executor: Executor
     manifest: Manifest
+    mode: Mode
     exact: bool
+    verdict: str
 
 
-def load(path: Path, *, max_batch_rows: int, allow_inexact: bool) -> Loaded:
-    """The bundle at `path`, compiled for every bucket up to `max_batch_rows` and checked.
+def load(
+    path: Path, *, max_batch_rows: int, allow_inexact: bool, mode: Mode, proof_s: float
+) -> Loaded:
+    """The bundle at `path`, compiled for every bucket up to `max_batch_rows` and proved.
+
+    In mode fast it is tried too, and served whatever comes of it. `proof_s` are the seconds for
+    more than the witness in each executable.
 
     Raises:
-      BundleError: it is missing, damaged, changed, or for other platforms.
+      BundleError: it is missing, damaged, changed, for other platforms, or not for this mode.
       InexactError: its answers here are not those of training, and `allow_inexact` is not set.
     """
     loaded = bundle.load(path)
-    executor = Executor(loaded, max_batch_rows=max_batch_rows)
-    # Enough rows that the largest bucket is proved too.
-    proof = witness.at_least(loaded.witness, executor.bucket_rows[-1])
-    verdicts = witness.prove(executor, proof)
-    failed = [f"{manner} it is {v}" for manner, v in verdicts.items() if not v.exact]
-    if failed and not allow_inexact:
-        raise InexactError(
-            f"{path} does not compute here what was trained: {failed[0]} "
-            f"({len(failed)} of {len(verdicts)} trials differ); convert it on this platform, or "
-            f"serve it all the same with --allow-inexact"
+    executor = Executor(loaded, max_batch_rows=max_batch_rows, mode=mode)
+    found = executor.prove(more_s=proof_s if mode is Mode.EXACT else 0)
+    if mode is Mode.FAST:
+        verdict = f"fast: bits may differ with the batch; tried on the witness, {found}"
+        return Loaded(
+            executor=executor, manifest=loaded.manifest, mode=mode, exact=False, verdict=verdict
         )
-    return Loaded(executor=executor, manifest=loaded.manifest, exact=not failed)
+    if found.failed and not allow_inexact:
+        raise InexactError(
+            f"{path} does not compute here what was trained: {found.failed[0]} "
+            f"({len(found.failed)} of {found.passed + len(found.failed)} trials differ); convert "
+            f"it on this platform, or serve it all the same with --allow-inexact"
+        )
+    return Loaded(
+        executor=executor,
+        manifest=loaded.manifest,
+        mode=mode,
+        exact=not found.failed,
+        verdict=str(found),
+    )

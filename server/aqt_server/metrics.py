@@ -19,6 +19,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from aqt_engine.execution import Mode
 from aqt_server.repository import Repository, Servable, State
 from aqt_server.statistics import Statistics
 
@@ -61,7 +62,7 @@ _GAUGES: dict[str, tuple[str, Callable[[Servable], float]]] = {
         lambda servable: servable.batcher.pending_rows,
     ),
     "model_exact": (
-        "1 if the version's witness reproduced here in every bit, else 0",
+        "1 if the version was proved here to answer with the bits of training, else 0",
         lambda servable: servable.exact,
     ),
     "model_weight_bytes": (
@@ -108,7 +109,7 @@ class _Server(Collector):
             for servable in ready:
                 gauge.add_metric(_labels(servable), value(servable))
             families.append(gauge)
-        families += [_failures(ready), _batch_rows(ready), await self._versions()]
+        families += [_failures(ready), _batch_rows(ready), _modes(ready), await self._versions()]
         for event, count in self._cache.counts.items():
             families.append(
                 CounterMetricFamily(
@@ -153,6 +154,16 @@ def _batch_rows(ready: Sequence[Servable]) -> Metric:
         family.add_metric(
             _labels(servable), buckets, sum_value=sum(rows * count for rows, count in batches)
         )
+    return family
+
+
+def _modes(ready: Sequence[Servable]) -> Metric:
+    family = GaugeMetricFamily(
+        "aqt_model_mode", "1 for the mode that the version is served in", labels=(*_VERSION, "mode")
+    )
+    for servable in ready:
+        for mode in Mode:
+            family.add_metric([*_labels(servable), mode], servable.mode is mode)
     return family
 
 

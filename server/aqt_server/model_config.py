@@ -18,7 +18,9 @@ _Group = pb.ModelInstanceGroup
 def model_config(servable: Servable) -> pb.ModelConfig:
     """How `servable` is served: its signature, batches, priorities and device.
 
-    Its `parameters` say whether it is exact, and the tile at which it computes.
+    Its `parameters` say whether it is exact, in which mode and by what proof; the tile at which it
+    computes; the buckets of its symbolic dimensions; and the inputs that are one scalar for all
+    rows of a request.
     """
     return pb.ModelConfig(
         name=servable.name,
@@ -53,8 +55,8 @@ def model_config(servable: Servable) -> pb.ModelConfig:
         ],
         default_model_filename="graph.stablehlo",
         parameters={
-            "aqt_exact": pb.ModelParameter(string_value=str(servable.exact).lower()),
-            "aqt_tile": pb.ModelParameter(string_value=str(servable.manifest.tile)),
+            name: pb.ModelParameter(string_value=value)
+            for name, value in _parameters(servable).items()
         },
         model_transaction_policy=pb.ModelTransactionPolicy(decoupled=False),
     )
@@ -87,6 +89,21 @@ def model_statistics(servable: Servable) -> pb.ModelStatistics:
             pb.MemoryUsage(type=jax.default_backend().upper(), byte_size=servable.manifest.nbytes)
         ],
     )
+
+
+def _parameters(servable: Servable) -> dict[str, str]:
+    manifest = servable.manifest
+    parameters = {
+        "aqt_exact": str(servable.exact).lower(),
+        "aqt_mode": str(servable.mode),
+        "aqt_verdict": servable.verdict,
+        "aqt_tile": str(manifest.tile),
+    }
+    for name, sizes in manifest.lengths.items():
+        parameters[f"aqt_lengths_{name}"] = ",".join(map(str, sizes))
+    if manifest.per_request:
+        parameters["aqt_per_request"] = ",".join(manifest.per_request)
+    return parameters
 
 
 def _data_type(spec: TensorSpec) -> pb.DataType.ValueType:

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from aqt_engine.bundle import Manifest
+from aqt_engine.execution import Mode
 from aqt_server import directory, executor
 from aqt_server.batcher import Batcher
 from aqt_server.directory import Fingerprint, Key
@@ -40,12 +41,18 @@ class State(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Servable:
-    """A version that answers requests. `bucket_rows` are the rows that it computes at once."""
+    """A version that answers requests.
+
+    `exact` is whether it was proved here, in mode exact, and `verdict` the proof in a sentence.
+    `bucket_rows` are the rows that it computes at once.
+    """
 
     name: str
     version: int
     manifest: Manifest
     exact: bool
+    mode: Mode
+    verdict: str
     bucket_rows: tuple[int, ...]
     batcher: Batcher
     statistics: Statistics
@@ -284,6 +291,8 @@ class Repository:
             version=version,
             manifest=loaded.manifest,
             exact=loaded.exact,
+            mode=loaded.mode,
+            verdict=loaded.verdict,
             bucket_rows=loaded.executor.bucket_rows,
             batcher=Batcher(
                 loaded.executor,
@@ -294,7 +303,7 @@ class Repository:
             statistics=statistics,
         )
         self._entries[key] = _Entry(state=State.READY, fingerprint=fingerprint, servable=servable)
-        _log.info("ready %s version %d, exact: %s", name, version, loaded.exact)
+        _log.info("ready %s version %d, mode %s, %s", name, version, loaded.mode, loaded.verdict)
         if serving:
             self._drain(serving)
 
@@ -304,10 +313,14 @@ class Repository:
         def load() -> executor.Loaded:
             self.loading = True
             try:
+                models = self._settings.models
+                fast = name in models.fast_model or "*" in models.fast_model
                 return executor.load(
-                    self._settings.models.model_repository / name / str(version),
+                    models.model_repository / name / str(version),
                     max_batch_rows=self._settings.batching.max_batch_rows,
-                    allow_inexact=self._settings.models.allow_inexact,
+                    allow_inexact=models.allow_inexact,
+                    mode=Mode.FAST if fast else Mode.EXACT,
+                    proof_s=models.proof_s,
                 )
             finally:
                 self.loading = False

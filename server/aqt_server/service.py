@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 
-from aqt_engine.bundle import TensorSpec
+from aqt_engine import lengths
 from aqt_protos import open_inference_pb2 as pb
 from aqt_server import codec, outputs, parameters
 from aqt_server.administration import Administration
@@ -66,8 +66,13 @@ class InferenceService(Administration):
             name=servable.name,
             versions=[str(s.version) for s in self._repository.ready() if s.name == servable.name],
             platform=PLATFORM,
-            inputs=map(_metadata, servable.manifest.inputs),
-            outputs=map(_metadata, servable.manifest.outputs),
+            inputs=[
+                _metadata(spec.name, codec.describe_input(spec, servable.manifest))
+                for spec in servable.manifest.inputs
+            ],
+            outputs=[
+                _metadata(spec.name, codec.describe(spec)) for spec in servable.manifest.outputs
+            ],
         )
 
     @answered
@@ -104,17 +109,23 @@ class InferenceService(Administration):
         arrived = time.monotonic_ns()
         with servable.statistics.failures_counted(arrived=arrived):
             schedule = _schedule(request, context)
-            inputs = codec.decode(request, servable.manifest, self._regions)
+            decoded = codec.decode(request, servable.manifest, self._regions)
             wants = outputs.wanted(request, servable.manifest, self._regions)
             answer = await servable.batcher.run(
-                inputs, priority=schedule.priority, deadline=schedule.deadline
+                decoded.inputs,
+                group=decoded.length_bucket,
+                priority=schedule.priority,
+                deadline=schedule.deadline,
             )
-            response = outputs.encode(request, wants, answer.outputs)
+            found = answer.outputs
+            if decoded.sizes:
+                found = lengths.cut(servable.manifest, found, decoded.sizes)
+            response = outputs.encode(request, wants, found)
         response.model_name = servable.name
         response.model_version = str(servable.version)
         response.parameters["aqt_exact"].bool_param = servable.exact
-        rows = codec.rows_of(inputs)
-        servable.statistics.succeeded(answer.times, arrived=arrived, rows=rows)
+        response.parameters["aqt_mode"].string_param = servable.mode
+        servable.statistics.succeeded(answer.times, arrived=arrived, rows=decoded.rows)
         self._tracer.trace(
             request,
             model=servable.name,
@@ -122,7 +133,7 @@ class InferenceService(Administration):
             arrived=arrived,
             times=answer.times,
         )
-        _log.debug("%s version %d answered %d rows", servable.name, servable.version, rows)
+        _log.debug("%s version %d answered %d rows", servable.name, servable.version, decoded.rows)
         return response
 
 
@@ -149,6 +160,8 @@ def _schedule(request: pb.ModelInferRequest, context: Context) -> _Schedule:
     )
 
 
-def _metadata(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:
-    datatype, shape = codec.describe(spec)
-    return pb.ModelMetadataResponse.TensorMetadata(name=spec.name, datatype=datatype, shape=shape)
+def _metadata(
+    name: str, described: tuple[str, list[int]]
+) -> pb.ModelMetadataResponse.TensorMetadata:
+    datatype, shape = described
+    return pb.ModelMetadataResponse.TensorMetadata(name=name, datatype=datatype, shape=shape)

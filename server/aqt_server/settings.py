@@ -72,6 +72,23 @@ class Models:
             "`aqt_exact: false`"
         ),
     ] = False
+    fast_model: Annotated[
+        tuple[str, ...],
+        Field(
+            title="NAME",
+            description="a model to serve in mode fast, '*' for all; may be repeated. Its bits may "
+            "differ with the batch that a request shares; its responses say `aqt_mode: fast`",
+        ),
+    ] = ()
+    proof_s: Annotated[
+        NonNegativeFloat,
+        Field(
+            title="SECONDS",
+            description="that a version may take at load to be tried on more than its witness in "
+            "every executable, which is always done: in other orders, beside other rows, and on "
+            "random inputs",
+        ),
+    ] = 5.0
     compilation_cache: Annotated[
         Path,
         Field(

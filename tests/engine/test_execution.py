@@ -14,7 +14,7 @@ import pytest
 from jax import export, lax
 
 from aqt_engine import bundle
-from aqt_engine.execution import Program, tile_buckets
+from aqt_engine.execution import Mode, Program, tile_buckets
 from engine.contractions import assert_same_bits
 
 pytestmark = pytest.mark.slow
@@ -256,3 +256,43 @@ def test_another_platform_is_refused(loaded, monkeypatch, device, platforms, mes
 def test_a_gpu_takes_what_was_lowered_for_cuda(loaded, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert Program(lowered_for(loaded, "cuda"), max_rows=8).buckets == (1, 2)
+
+
+def test_mode_fast_computes_the_whole_batch_at_once(tmp_path):
+    """A graph that subtracts the mean of all rows shows which rows were computed together."""
+
+    def centered(weights, inputs):
+        return [inputs[0] - inputs[0].mean(axis=0)]
+
+    def graph(rows):
+        x = jax.ShapeDtypeStruct((rows, 1), np.float32)
+        return export.export(jax.jit(centered), platforms=("cpu", "cuda", "tpu"))(
+            [jax.ShapeDtypeStruct((1,), np.float32)], [x]
+        )
+
+    x = np.arange(8, dtype=np.float32)[:, None]
+    by_tile = np.concatenate([x[:4] - 1.5, x[4:] - 5.5])
+    spec = bundle.TensorSpec(name="x", dtype="float32", shape=(bundle.BATCH, 1))
+    bundle.write(
+        tmp_path / "1",
+        graph=graph(TILE),
+        batched={(): graph(export.symbolic_shape("rows")[0])},
+        inputs=(spec,),
+        outputs=(dataclasses.replace(spec, name="y"),),
+        tile=TILE,
+        weights={"unused": np.zeros(1, np.float32)},
+        roles={"unused": "float"},
+        float_nbytes=4,
+        tools={},
+        witness=bundle.Witness(inputs={"x": x}, outputs={"y": by_tile}),
+    )
+    loaded = bundle.load(tmp_path / "1")
+    assert_same_bits(Program(loaded, max_rows=8)({"x": x})["y"], by_tile)
+    fast = Program(loaded, max_rows=8, mode=Mode.FAST)
+    assert_same_bits(fast({"x": x})["y"], x - 3.5)
+    assert_same_bits(fast({"x": x[:4]})["y"], x[:4] - 1.5)
+
+
+def test_mode_fast_needs_a_graph_for_any_number_of_rows(loaded):
+    with pytest.raises(bundle.BundleError, match="no graph for any number of rows"):
+        Program(loaded, max_rows=TILE, mode=Mode.FAST)

@@ -66,6 +66,21 @@ def test_requests_that_wait_are_computed_together_and_answered_apart():
     with_batcher(test)
 
 
+def test_a_batch_is_of_one_group_and_those_passed_over_keep_their_places():
+    async def test(program, batcher):
+        first = asyncio.create_task(batcher.run(rows(1), group="short"))
+        await until_computing(program)
+        order = [(2, "short"), (3, "long"), (4, "short"), (5, "long"), (6, "other")]
+        rest = [asyncio.create_task(batcher.run(rows(v), group=g)) for v, g in order]
+        await asyncio.sleep(0)
+        program.gate.set()
+        answers = [(await task).outputs["y"][:, 0].tolist() for task in (first, *rest)]
+        assert answers == [[2], [4], [6], [8], [10], [12]]
+        assert program.batches == [[1], [2, 4], [3, 5], [6]]
+
+    with_batcher(test)
+
+
 def test_a_request_larger_than_a_batch_goes_alone():
     async def test(program, batcher):
         program.gate.set()
