@@ -1,7 +1,14 @@
-"""AQT in Flax: what to give to a layer's `dot_general` or convolution, and an einsum."""
+"""AQT in Flax: a linen model quantized by rules, or layer by layer.
+
+By rules `quantize` takes the model as it is, and `report` says what each rule does. Layer by layer
+`AqtDotGeneral` and `AqtConvGeneralDilated` are what to give to a layer as its `dot_general` or
+convolution, and `AqtEinsum` is an einsum.
+"""
 
 from aqt_engine.flax.conv import AqtConvGeneralDilated as AqtConvGeneralDilated
+from aqt_engine.flax.injection import quantize as quantize
+from aqt_engine.flax.injection import report as report
 from aqt_engine.flax.linen import AqtDotGeneral as AqtDotGeneral
 from aqt_engine.flax.linen import AqtEinsum as AqtEinsum
 
-__all__ = ["AqtConvGeneralDilated", "AqtDotGeneral", "AqtEinsum"]
+__all__ = ["AqtConvGeneralDilated", "AqtDotGeneral", "AqtEinsum", "quantize", "report"]

@@ -132,7 +132,7 @@ class AqtDotGeneral(nn.Module):
             return operand, None
         if mode is QuantMode.CONVERT:
             stored = quantize()
-            self.variable(self.quant_collection, name, lambda: stored).value = stored
+            self._store(name, stored)
             return stored, None
         stored = self._stored(name, quantize)
         expected = jax.eval_shape(quantize).shape
@@ -199,8 +199,17 @@ class AqtDotGeneral(nn.Module):
                     f"{'/'.join((*self.path, name))} was never calibrated: run the model on "
                     f"typical data in QuantMode.CALIBRATE before it is converted"
                 )
-            self.variable(self.quant_collection, name, lambda: scale).value = scale
+            self._store(name, scale)
         return scale
+
+    def _store(self, name: str, value: QTensor | Scale) -> None:
+        if not self.is_mutable_collection(self.quant_collection):
+            raise ValueError(
+                f"{'/'.join(self.path)} is in QuantMode.CONVERT and cannot store {name!r}: apply "
+                f"the model with `mutable=[{self.quant_collection!r}]`, and name the collection in "
+                f"the `variable_axes` of an nn.scan or nn.vmap around the layer"
+            )
+        self.variable(self.quant_collection, name, lambda: value).value = value
 
     def _stored(self, name: str, otherwise: Callable[[], Any]) -> Any:
         """What CONVERT stored under `name`; while initializing, a fresh one of `otherwise`."""
@@ -243,7 +252,14 @@ class AqtEinsum(nn.Module):
     statistics_collection: str = "aqt_statistics"
 
     @nn.compact
-    def __call__(self, equation: str, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        equation: str,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        precision: jax.lax.PrecisionLike = None,
+        preferred_element_type: DTypeLike | None = None,
+    ) -> jax.Array:
         """The einsum, as `aqt_engine.ops.einsum` defines it."""
         p = plan(equation, lhs.ndim, rhs.ndim)
         modes = (self.lhs_quant_mode, self.rhs_quant_mode)
@@ -262,4 +278,7 @@ class AqtEinsum(nn.Module):
             lhs_var_name=names[0],
             rhs_var_name=names[1],
         )
-        return contract(p, lhs, rhs, dot_general)
+        contraction = functools.partial(
+            dot_general, precision=precision, preferred_element_type=preferred_element_type
+        )
+        return contract(p, lhs, rhs, contraction)

@@ -52,7 +52,7 @@ def plan(equation: str, lhs_ndim: int, rhs_ndim: int) -> EinsumPlan:
     Raises:
       ValueError: the equation is not one of two operands, or does not fit the ranks.
     """
-    lhs, rhs, out = _labels(equation, lhs_ndim, rhs_ndim)
+    lhs, rhs, out = labels_of(equation, lhs_ndim, rhs_ndim)
     lhs_kept = "".join(c for c in dict.fromkeys(lhs) if c in rhs or c in out)
     rhs_kept = "".join(c for c in dict.fromkeys(rhs) if c in lhs or c in out)
     shared = sorted(set(lhs_kept) & set(rhs_kept))
@@ -114,7 +114,12 @@ def _axes(labels: str, letters: list[str]) -> tuple[int, ...]:
     return tuple(labels.index(c) for c in letters)
 
 
-def _labels(equation: str, lhs_ndim: int, rhs_ndim: int) -> tuple[str, str, str]:
+def labels_of(equation: str, lhs_ndim: int, rhs_ndim: int) -> tuple[str, str, str]:
+    """The letters of both operands and of the output, with those that an ellipsis stands for.
+
+    Raises:
+      ValueError: the equation is not one of two operands, or does not fit the ranks.
+    """
     compact = re.sub(r"\s", "", equation)
     match = re.fullmatch(r"([a-zA-Z.]*),([a-zA-Z.]*)(?:->([a-zA-Z.]*))?", compact)
     if match is None:
