@@ -34,6 +34,7 @@ from jax import export
 
 from aqt_engine.files import MANIFEST, check_files, digest, files, sync, sync_entry
 from aqt_engine.files import BundleError as BundleError
+from aqt_engine.foreign_code import foreign_calls
 from aqt_engine.manifest import BATCH as BATCH
 from aqt_engine.manifest import MANIFEST_FORM, bucket_name
 from aqt_engine.manifest import LengthBucket as LengthBucket
@@ -248,6 +249,12 @@ def load(path: str | os.PathLike[str]) -> Bundle:
             f"{root} has the right digests but cannot be decoded by jax {jax.__version__} "
             f"(it was written with {dict(manifest.tools)}): {error}"
         ) from error
+    for graph in (*graphs.values(), *batched.values()):
+        if foreign := foreign_calls(graph):
+            raise BundleError(
+                f"{root} has a graph that calls {', '.join(foreign)} outside of it, and a bundle "
+                f"only computes: convert a model without callbacks and kernels of its own"
+            )
     for bucket in manifest.length_buckets:
         if bucket not in graphs:
             raise BundleError(f"{root} has no graph for {manifest.sizes(bucket)}: convert again")

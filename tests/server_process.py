@@ -29,16 +29,21 @@ class ServerProcess:
         line = self.process.stdout.readline()
         assert line.startswith("listening on "), self.log()
         self.address = line.split()[-1]
-        self.metrics_url = None
-        if command[-2:] != ["--metrics-port", "-1"]:
-            self.metrics_url = self.process.stdout.readline().split()[-1]
+        self.http_url = self._url("http on ") if "--http-port" in command else None
+        off = command[-2:] == ["--metrics-port", "-1"]
+        self.metrics_url = None if off else self._url("metrics on ")
+
+    def _url(self, beginning: str) -> str:
+        line = self.process.stdout.readline()
+        assert line.startswith(beginning), self.log()
+        return line.split()[-1]
 
     def log(self) -> str:
         return self._log.read_text()
 
-    def wait_ready(self) -> None:
+    def wait_ready(self, credentials: grpc.ChannelCredentials | None = None) -> None:
         """Blocks on the health service's own stream until everything is loaded or refused."""
-        with grpc.insecure_channel(self.address) as channel:
+        with self.channel(credentials) as channel:
             watch = health_pb2_grpc.HealthStub(channel).Watch(
                 health_pb2.HealthCheckRequest(), timeout=WAIT_S, wait_for_ready=True
             )
@@ -46,6 +51,11 @@ class ServerProcess:
                 if response.status == health_pb2.HealthCheckResponse.SERVING:
                     return
         raise AssertionError(f"the server ended before it was ready: {self.log()}")
+
+    def channel(self, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
+        if credentials:
+            return grpc.secure_channel(self.address, credentials)
+        return grpc.insecure_channel(self.address)
 
     def terminate(self) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -58,14 +68,18 @@ class ServerProcess:
 
 @contextlib.contextmanager
 def serving(
-    repository: Path, *flags: str, log: Path, ready: bool = True
+    repository: Path,
+    *flags: str,
+    log: Path,
+    ready: bool = True,
+    credentials: grpc.ChannelCredentials | None = None,
 ) -> Iterator[ServerProcess]:
     command = [AQT, "serve", "--model-repository", repository, "--port", "0", "--metrics-port", "0"]
     command += ["--compilation-cache", _CACHE.name, *flags]
     server = ServerProcess(command, log)
     try:
         if ready:
-            server.wait_ready()
+            server.wait_ready(credentials)
         yield server
     finally:
         if server.process.poll() is None:

@@ -1,12 +1,16 @@
 """The RPCs that say how the server is doing and change what it does, beside inference itself."""
 
+import collections
+
 from aqt_protos import open_inference_pb2 as pb
-from aqt_protos import open_inference_pb2_grpc as pb_grpc
+from aqt_server.call import Call
 from aqt_server.errors import InvalidRequest, NotSupported
 from aqt_server.logs import LogSettings
 from aqt_server.model_config import model_config, model_statistics
 from aqt_server.repository import Repository, State
-from aqt_server.rpc import Context, answered
+from aqt_server.security.authentication import Principal
+from aqt_server.security.authorization import Action, Guard
+from aqt_server.settings import Limits
 from aqt_server.shared_memory import Regions
 from aqt_server.tracing import Tracer
 
@@ -16,25 +20,33 @@ _NO_CUDA = (
 )
 
 
-class Administration(pb_grpc.GRPCInferenceServiceServicer):
+class Administration:
     """Model control, configuration, statistics, shared memory, trace and log settings."""
 
     def __init__(
-        self, *, repository: Repository, regions: Regions, tracer: Tracer, logs: LogSettings
+        self,
+        *,
+        repository: Repository,
+        guard: Guard,
+        tracer: Tracer,
+        logs: LogSettings,
+        limits: Limits,
     ):
         self._repository = repository
-        self._regions = regions
+        self._guard = guard
+        # Each has regions of its own: nobody reads what another has registered.
+        self._regions = collections.defaultdict[Principal, Regions](
+            lambda: Regions(limits.max_tensor_bytes)
+        )
         self._tracer = tracer
         self._logs = logs
 
-    @answered
-    async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context):
+    async def ModelConfig(self, request: pb.ModelConfigRequest, call: Call):
         """How a version is served."""
         servable = self._repository.get(request.name, request.version)
         return pb.ModelConfigResponse(config=model_config(servable))
 
-    @answered
-    async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Context):
+    async def ModelStatistics(self, request: pb.ModelStatisticsRequest, call: Call):
         """Counts and durations of a version, of all of a model's, or of all."""
         if request.name:
             # For its error, if there is none of that name or number.
@@ -44,12 +56,12 @@ class Administration(pb_grpc.GRPCInferenceServiceServicer):
                 model_statistics(servable)
                 for servable in self._repository.ready()
                 if request.name in ("", servable.name)
+                and self._guard.allows(call.principal, Action.READ, servable.name)
                 and request.version in ("", str(servable.version))
             ]
         )
 
-    @answered
-    async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context):
+    async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, call: Call):
         """Every version and its state."""
         _check_repository(request.repository_name)
         return pb.RepositoryIndexResponse(
@@ -61,12 +73,12 @@ class Administration(pb_grpc.GRPCInferenceServiceServicer):
                     reason=listed.reason,
                 )
                 for listed in await self._repository.index()
-                if listed.state is State.READY or not request.ready
+                if (listed.state is State.READY or not request.ready)
+                and self._guard.allows(call.principal, Action.READ, listed.name)
             ]
         )
 
-    @answered
-    async def RepositoryModelLoad(self, request: pb.RepositoryModelLoadRequest, context: Context):
+    async def RepositoryModelLoad(self, request: pb.RepositoryModelLoadRequest, call: Call):
         """Loads a model's versions, and answers when they are ready or refused."""
         _check_repository(request.repository_name)
         overrides = [p for p in request.parameters if p == "config" or p.startswith("file:")]
@@ -78,18 +90,14 @@ class Administration(pb_grpc.GRPCInferenceServiceServicer):
         await self._repository.load(request.model_name)
         return pb.RepositoryModelLoadResponse()
 
-    @answered
-    async def RepositoryModelUnload(
-        self, request: pb.RepositoryModelUnloadRequest, context: Context
-    ):
+    async def RepositoryModelUnload(self, request: pb.RepositoryModelUnloadRequest, call: Call):
         """Unloads a model, and answers when its accepted requests are answered."""
         _check_repository(request.repository_name)
         await self._repository.unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
-    @answered
     async def SystemSharedMemoryStatus(
-        self, request: pb.SystemSharedMemoryStatusRequest, context: Context
+        self, request: pb.SystemSharedMemoryStatusRequest, call: Call
     ):
         """The registered regions, or one of them."""
         status = pb.SystemSharedMemoryStatusResponse.RegionStatus
@@ -101,51 +109,45 @@ class Administration(pb_grpc.GRPCInferenceServiceServicer):
                     offset=region.offset,
                     byte_size=region.nbytes,
                 )
-                for region in self._regions.registered(request.name)
+                for region in self._regions[call.principal].registered(request.name)
             }
         )
 
-    @answered
     async def SystemSharedMemoryRegister(
-        self, request: pb.SystemSharedMemoryRegisterRequest, context: Context
+        self, request: pb.SystemSharedMemoryRegisterRequest, call: Call
     ):
         """Makes part of a shared memory object known under a name."""
-        self._regions.register(
+        self._regions[call.principal].register(
             name=request.name, key=request.key, offset=request.offset, nbytes=request.byte_size
         )
         return pb.SystemSharedMemoryRegisterResponse()
 
-    @answered
     async def SystemSharedMemoryUnregister(
-        self, request: pb.SystemSharedMemoryUnregisterRequest, context: Context
+        self, request: pb.SystemSharedMemoryUnregisterRequest, call: Call
     ):
         """Forgets a region, or all of them; requests that use it now may finish."""
-        self._regions.unregister(request.name)
+        self._regions[call.principal].unregister(request.name)
         return pb.SystemSharedMemoryUnregisterResponse()
 
-    @answered
     async def CudaSharedMemoryStatus(
-        self, request: pb.CudaSharedMemoryStatusRequest, context: Context
+        self, request: pb.CudaSharedMemoryStatusRequest, call: Call
     ) -> pb.CudaSharedMemoryStatusResponse:
         """UNIMPLEMENTED."""
         raise NotSupported(_NO_CUDA)
 
-    @answered
     async def CudaSharedMemoryRegister(
-        self, request: pb.CudaSharedMemoryRegisterRequest, context: Context
+        self, request: pb.CudaSharedMemoryRegisterRequest, call: Call
     ) -> pb.CudaSharedMemoryRegisterResponse:
         """UNIMPLEMENTED."""
         raise NotSupported(_NO_CUDA)
 
-    @answered
     async def CudaSharedMemoryUnregister(
-        self, request: pb.CudaSharedMemoryUnregisterRequest, context: Context
+        self, request: pb.CudaSharedMemoryUnregisterRequest, call: Call
     ) -> pb.CudaSharedMemoryUnregisterResponse:
         """UNIMPLEMENTED."""
         raise NotSupported(_NO_CUDA)
 
-    @answered
-    async def TraceSetting(self, request: pb.TraceSettingRequest, context: Context):
+    async def TraceSetting(self, request: pb.TraceSettingRequest, call: Call):
         """Changes which requests are traced, and answers what holds then."""
         if request.model_name:
             self._repository.get(request.model_name, "")
@@ -158,8 +160,7 @@ class Administration(pb_grpc.GRPCInferenceServiceServicer):
             response.settings[name].value.append(getattr(rules, name))
         return response
 
-    @answered
-    async def LogSettings(self, request: pb.LogSettingsRequest, context: Context):
+    async def LogSettings(self, request: pb.LogSettingsRequest, call: Call):
         """Changes what is logged, and answers what holds then."""
         self._logs.update(request)
         return self._logs.describe()

@@ -33,3 +33,21 @@ def _fingerprint(path: Path) -> Fingerprint:
             continue  # it was removed while we looked, and the next look will tell
         marks.append((str(file), status.st_size, status.st_mtime_ns))
     return tuple(marks)
+
+
+class OutsideError(Exception):
+    """A version has files that are not in the repository."""
+
+
+def check_inside(repository: Path, version: Path) -> None:
+    """Returns if `version` and each of its files are in `repository`, wherever links lead.
+
+    Raises:
+      OutsideError: one is not.
+    """
+    root = repository.resolve()
+    for path in (version, *version.rglob("*")):
+        if not path.resolve().is_relative_to(root):
+            raise OutsideError(
+                f"{path} leads out of the model repository, to {path.resolve()}: copy it there"
+            )

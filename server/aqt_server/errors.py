@@ -9,6 +9,8 @@ RequestError
     NotReady           UNAVAILABLE         the version is still loading, or the server is stopping
     Overloaded         RESOURCE_EXHAUSTED  the queue is full; asking later may help
     DeadlineExceeded   DEADLINE_EXCEEDED   its time was up before it was computed
+    Unauthenticated    UNAUTHENTICATED     it is not known who calls
+    PermissionDenied   PERMISSION_DENIED   who calls may not do this
     NotSupported       UNIMPLEMENTED       the protocol has it and this server does not
 
 Anything else that escapes from a call is a defect of ours, and INTERNAL.
@@ -94,3 +96,15 @@ class NotSupported(RequestError):
     """Part of the protocol that this server does not have."""
 
     code = grpc.StatusCode.UNIMPLEMENTED
+
+
+class Unauthenticated(RequestError):
+    """It is not known who calls, or what they show is not valid."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDenied(RequestError):
+    """Who calls is known, and may not do this."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED

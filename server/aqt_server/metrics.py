@@ -1,13 +1,11 @@
-"""Prometheus metrics over HTTP, at /metrics.
+"""The Prometheus metrics, as `http` serves them at /metrics.
 
 Names are Triton's with `aqt` for `nv`, counters with Prometheus's `_total` after them; durations
 add up microseconds, as there.
 """
 
-import asyncio
 import collections
 from collections.abc import Callable, Iterable, Sequence
-from wsgiref.simple_server import WSGIServer
 
 import jax
 import prometheus_client
@@ -17,6 +15,7 @@ from prometheus_client.core import (
     HistogramMetricFamily,
     Metric,
 )
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from aqt_engine.execution import Mode
@@ -24,7 +23,6 @@ from aqt_server.repository import Repository, Servable, State
 from aqt_server.statistics import Statistics
 
 _VERSION = ("model", "version")
-_WAIT_S = 5.0
 _EVENTS = {
     "/jax/compilation_cache/cache_hits": "hits",
     "/jax/compilation_cache/cache_misses": "misses",
@@ -84,17 +82,31 @@ class _CacheEvents:
             self.counts[_EVENTS[event]] += 1
 
 
-class _Server(Collector):
-    """Collects from the repository, in the event loop that the repository belongs to."""
+class _Collected(Collector):
+    """Families that were collected already."""
 
-    def __init__(self, repository: Repository, loop: asyncio.AbstractEventLoop):
-        self._repository = repository
-        self._loop = loop
-        self._cache = _CacheEvents()
+    def __init__(self, families: Sequence[Metric]):
+        self._families = families
 
     def collect(self) -> Iterable[Metric]:
-        """All metrics, as they are at one moment. Called by the threads of the HTTP server."""
-        return asyncio.run_coroutine_threadsafe(self._families(), self._loop).result(_WAIT_S)
+        """Them."""
+        return self._families
+
+
+class Metrics:
+    """The metrics of a repository. Belongs to its event loop."""
+
+    def __init__(self, repository: Repository):
+        self._repository = repository
+        self._cache = _CacheEvents()
+
+    async def exposition(self, accept: str) -> tuple[bytes, str]:
+        """All metrics as they are now, in the form that `accept` asks for, and its content type."""
+        registry = CollectorRegistry()
+        registry.register(_Collected(await self._families()))
+        prometheus_client.ProcessCollector(registry=registry)
+        encode, content_type = choose_encoder(accept)
+        return encode(registry), content_type
 
     async def _families(self) -> list[Metric]:
         ready = self._repository.ready()
@@ -169,18 +181,3 @@ def _modes(ready: Sequence[Servable]) -> Metric:
 
 def _labels(servable: Servable) -> list[str]:
     return [servable.name, str(servable.version)]
-
-
-def serve(repository: Repository, *, host: str, port: int) -> WSGIServer:
-    """Serves the metrics of `repository`, of the running event loop, from threads of its own.
-
-    `port` 0 is any free one; the server that is returned says which, and ends with `shutdown`.
-
-    Raises:
-      OSError: the port cannot be had.
-    """
-    registry = CollectorRegistry()
-    registry.register(_Server(repository, asyncio.get_running_loop()))
-    prometheus_client.ProcessCollector(registry=registry)
-    server, _ = prometheus_client.start_http_server(port, host, registry)
-    return server

@@ -315,8 +315,10 @@ class Repository:
             try:
                 models = self._settings.models
                 fast = name in models.fast_model or "*" in models.fast_model
+                path = models.model_repository / name / str(version)
+                directory.check_inside(models.model_repository, path)
                 return executor.load(
-                    models.model_repository / name / str(version),
+                    path,
                     max_batch_rows=self._settings.batching.max_batch_rows,
                     allow_inexact=models.allow_inexact,
                     mode=Mode.FAST if fast else Mode.EXACT,

@@ -1,19 +1,29 @@
-"""From an error inside of a call to the status that its caller sees."""
+"""The gRPC door: calls of the service to `Service.answer`, and its errors to statuses."""
 
-import functools
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, ParamSpec, TypeVar, cast
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, cast
 
 import grpc
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import Message
 
+from aqt_protos import SERVICE_NAME
+from aqt_protos import open_inference_pb2 as pb
+from aqt_server.call import Call
 from aqt_server.errors import RequestError
+from aqt_server.security.authorization import Action, Guard
+from aqt_server.service import Service
+from aqt_server.streaming import answer_in_order
 
 _log = logging.getLogger(__name__)
-_P = ParamSpec("_P")
-_Response = TypeVar("_Response")
+_DEFECT = "the server failed to compute this request, which is a defect of it: its log says more"
+_GUARDED = {
+    "grpc.health.v1.Health": Action.HEALTH,
+    "grpc.reflection.v1alpha.ServerReflection": Action.REFLECTION,
+}
 
-Context = grpc.aio.ServicerContext[Any, Any]
+_Context = grpc.aio.ServicerContext[Any, Any]
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
@@ -21,24 +31,128 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
     if isinstance(error, RequestError):
         return error.code, str(error)
     _log.error("a request failed", exc_info=error)
-    return (
-        grpc.StatusCode.INTERNAL,
-        "the server failed to compute this request, which is a defect of it: its log says more",
-    )
+    return grpc.StatusCode.INTERNAL, _DEFECT
 
 
-def answered(
-    method: Callable[_P, Awaitable[_Response]],
-) -> Callable[_P, Coroutine[Any, Any, _Response]]:
-    """`method`, an RPC of (self, request, context), that answers its errors as statuses."""
+class Door:
+    """The RPCs of `inference.GRPCInferenceService`, as handlers for a gRPC server."""
 
-    @functools.wraps(method)
-    async def call(*args: _P.args, **kwargs: _P.kwargs) -> _Response:
+    def __init__(self, service: Service, guard: Guard):
+        self._service = service
+        self._guard = guard
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """A handler for each RPC."""
+        service = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+        return grpc.method_handlers_generic_handler(
+            SERVICE_NAME, {method.name: self._handler(method) for method in service.methods}
+        )
+
+    def _handler(self, method: MethodDescriptor) -> "grpc.RpcMethodHandler[Any, Any]":
+        read = getattr(pb, method.input_type.name).FromString
+        if method.client_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                self._stream, request_deserializer=read, response_serializer=_write
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(method.name), request_deserializer=read, response_serializer=_write
+        )
+
+    def _unary(self, rpc: str) -> Callable[[Message, _Context], Awaitable[Message]]:
+        async def unary(request: Message, context: _Context) -> Message:
+            try:
+                return await self._service.answer(rpc, request, self._call(context))
+            except Exception as error:
+                code, sentence = status_of(error)
+            await context.abort(code, sentence)
+
+        return unary
+
+    async def _stream(
+        self, requests: AsyncIterator[pb.ModelInferRequest], context: _Context
+    ) -> None:
+        """The answers to a stream of requests, in their order; an error ends only its request."""
+
+        async def answer(request: pb.ModelInferRequest) -> pb.ModelStreamInferResponse:
+            try:
+                answered = await self._service.answer("ModelInfer", request, self._call(context))
+            except Exception as error:
+                code, sentence = status_of(error)
+                response = pb.ModelInferResponse(id=request.id)
+                response.parameters["aqt_status"].string_param = code.name
+                return pb.ModelStreamInferResponse(error_message=sentence, infer_response=response)
+            response = cast(pb.ModelInferResponse, answered)
+            # What clients of decoupled models wait for: here every response is its request's last.
+            response.parameters["triton_final_response"].bool_param = True
+            return pb.ModelStreamInferResponse(infer_response=response)
+
+        await answer_in_order(requests, answer, context.write)
+
+    def _call(self, context: _Context) -> Call:
+        headers = {name: _text(value) for name, value in context.invocation_metadata() or ()}
+        name = None
+        if self._guard.authenticator.by_certificate:
+            shown = context.auth_context()
+            names = [
+                *shown.get("x509_common_name", ()),
+                *shown.get("x509_subject_alternative_name", ()),
+            ]
+            name = _text(names[0]) if names else None
+        return Call(
+            principal=self._guard.authenticator.identify(headers.get("authorization"), name),
+            peer=context.peer(),
+            remaining_s=context.time_remaining(),
+            headers=headers,
+        )
+
+
+class Interceptor(grpc.aio.ServerInterceptor):
+    """Asks who calls health and reflection, which are not our own services."""
+
+    def __init__(self, guard: Guard):
+        self._guard = guard
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
+        """The handler of the call, or one that refuses it."""
+        handler = await continuation(handler_call_details)
+        authenticator = self._guard.authenticator
+        action = _GUARDED.get((handler_call_details.method or "").split("/")[1])
+        # Without tokens, the connection itself was accepted for the client's certificate.
+        if handler is None or action is None or not authenticator.by_token:
+            return handler
+        headers = {n: _text(v) for n, v in handler_call_details.invocation_metadata or ()}
         try:
-            return await method(*args, **kwargs)
-        except Exception as error:
-            code, sentence = status_of(error)
-        context = cast(Context, args[2])
-        await context.abort(code, sentence)
+            principal = authenticator.identify(headers.get("authorization"), None)
+            self._guard.check(principal, action)
+        except RequestError as error:
+            return _refusing(handler, error)
+        return handler
 
-    return call
+
+def _refusing(
+    handler: "grpc.RpcMethodHandler[Any, Any]", error: RequestError
+) -> "grpc.RpcMethodHandler[Any, Any]":
+    async def refuse(_: Any, context: _Context) -> None:
+        await context.abort(error.code, str(error))
+
+    made = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[handler.request_streaming, handler.response_streaming]
+    return cast(Any, made)(refuse)
+
+
+def _write(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+def _text(value: str | bytes) -> str:
+    return value if isinstance(value, str) else value.decode(errors="replace")

@@ -1,26 +1,31 @@
 """The server's life: listen, load, serve; on a signal stop accepting, drain, and end."""
 
 import asyncio
+import dataclasses
 import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from wsgiref.simple_server import WSGIServer
 
 import grpc
 import jax
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from aqt_protos import POOL, SERVICE_NAME, open_inference_pb2_grpc
-from aqt_server import metrics
+from aqt_protos import POOL, SERVICE_NAME
+from aqt_server import http
 from aqt_server.logs import LogSettings
+from aqt_server.metrics import Metrics
 from aqt_server.repository import Repository
-from aqt_server.service import InferenceService
+from aqt_server.rpc import Door, Interceptor
+from aqt_server.security.authentication import AccessFileError
+from aqt_server.security.authorization import Guard
+from aqt_server.security.tls import CertificateError, Certificates
+from aqt_server.service import Service
 from aqt_server.settings import Settings
-from aqt_server.shared_memory import Regions
 from aqt_server.tracing import Tracer
 
 _log = logging.getLogger(__name__)
@@ -66,22 +71,13 @@ def _use_compilation_cache(directory: Path) -> None:
 
 
 async def _serve(settings: Settings) -> None:
-    repository = Repository(settings)
-    checks = _Health()
-    server = _grpc_server(settings, repository, checks)
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+    repository = Repository(settings)
+    checks = _Health()
     await _set_health(checks, _NOT_SERVING)
-    port = _listen(server, f"{settings.listen.host}:{settings.listen.port}")
-    metrics_server = _serve_metrics(settings, repository)
-    await server.start()
-    print(f"listening on {settings.listen.host}:{port}", flush=True)
-    if metrics_server:
-        print(
-            f"metrics on http://{settings.listen.host}:{metrics_server.server_port}/metrics",
-            flush=True,
-        )
+    doors = await _open(settings, repository, checks)
 
     async def settled() -> None:
         await _set_health(checks, _SERVING)
@@ -91,7 +87,7 @@ async def _serve(settings: Settings) -> None:
     _log.info("stopping: accepted requests have %g s to finish", settings.batching.drain_s)
     watching.cancel()
     await _set_health(checks, _NOT_SERVING)
-    # The door stays open while the accepted requests finish and a moment longer, so that new ones
+    # The doors stay open while the accepted requests finish and a moment longer, so that new ones
     # hear UNAVAILABLE and go elsewhere: what arrives just as gRPC stops, it answers CANCELLED.
     answered = await repository.close()
     if not answered:
@@ -99,7 +95,7 @@ async def _serve(settings: Settings) -> None:
             "requests were still computing after %g s and are cut off", settings.batching.drain_s
         )
     await asyncio.sleep(_REFUSING_S)
-    await server.stop(grace=1)
+    await doors.close()
     if not answered or repository.loading:
         # A thread that computes or compiles cannot be ended, and Python would wait for it.
         logging.shutdown()
@@ -107,28 +103,68 @@ async def _serve(settings: Settings) -> None:
         os._exit(0 if answered else 1)
 
 
-def _grpc_server(settings: Settings, repository: Repository, checks: Any) -> grpc.aio.Server:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Doors:
+    """What the server listens with."""
+
+    rpc: grpc.aio.Server
+    http: Sequence[http.Port]
+
+    async def close(self) -> None:
+        """Answers what is under way within a second, and takes no more."""
+        await asyncio.gather(self.rpc.stop(grace=1), *(port.close() for port in self.http))
+
+
+async def _open(settings: Settings, repository: Repository, checks: Any) -> _Doors:
+    """Opens each door and prints where it is."""
+    listen = settings.listen
+    try:
+        guard = Guard(settings.access, settings.tls)
+        certificates = Certificates(settings.tls) if settings.tls.tls_certificate else None
+    except (AccessFileError, CertificateError) as error:
+        raise StartError(str(error)) from error
+    logs = LogSettings()
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(logs)
+    service = Service(
+        repository=repository, guard=guard, tracer=Tracer(), logs=logs, limits=settings.limits
+    )
+    server = _grpc_server(settings, checks, Door(service, guard), guard)
+    port = _listen(server, f"{listen.host}:{listen.port}", certificates)
+    told = [f"listening on {listen.host}:{port}"]
+    ports: list[http.Port] = []
+    if listen.metrics_port >= 0:
+        ports.append(http.Port(http.metrics_application(Metrics(repository), guard)))
+        taken = (listen.host, listen.metrics_port)
+        url = await _listen_http(ports[-1], *taken, "metrics", certificates)
+        told.append(f"metrics on {url}/metrics")
+    # Last, as a server that was started and is not stopped complains.
+    await server.start()
+    print("\n".join(told), flush=True)
+    return _Doors(rpc=server, http=ports)
+
+
+def _grpc_server(settings: Settings, checks: Any, door: Door, guard: Guard) -> grpc.aio.Server:
     server = grpc.aio.server(
+        interceptors=[Interceptor(guard)],
         options=[
             ("grpc.max_receive_message_length", settings.limits.max_message_bytes),
             ("grpc.max_send_message_length", settings.limits.max_message_bytes),
             # Else a second server on the same port starts, and takes half of the requests.
             ("grpc.so_reuseport", 0),
-        ]
+        ],
     )
-    logs = LogSettings()
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(logs)
-    service = InferenceService(repository=repository, regions=Regions(), tracer=Tracer(), logs=logs)
-    open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
+    server.add_generic_rpc_handlers((door.handlers(),))
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server, pool=POOL)
     return server
 
 
-def _listen(server: grpc.aio.Server, address: str) -> int:
+def _listen(server: grpc.aio.Server, address: str, certificates: Certificates | None) -> int:
     try:
+        if certificates:
+            return server.add_secure_port(address, certificates.for_grpc())
         return server.add_insecure_port(address)
     except RuntimeError as error:
         raise StartError(
@@ -136,17 +172,19 @@ def _listen(server: grpc.aio.Server, address: str) -> int:
         ) from error
 
 
-def _serve_metrics(settings: Settings, repository: Repository) -> WSGIServer | None:
-    host, port = settings.listen.host, settings.listen.metrics_port
-    if port < 0:
-        return None
+async def _listen_http(
+    door: http.Port, host: str, port: int, purpose: str, certificates: Certificates | None
+) -> str:
+    """The URL at which `door` listens, for `purpose`: metrics or http."""
     try:
-        return metrics.serve(repository, host=host, port=port)
+        encryption = certificates.for_http() if certificates else None
+        taken = await door.listen(host, port, encryption)
     except OSError as error:
         raise StartError(
-            f"cannot listen on {host}:{port} for metrics ({error}): is the port taken? choose "
-            f"another with --metrics-port, or -1 for none"
+            f"cannot listen on {host}:{port} for {purpose} ({error}): is the port taken? choose "
+            f"another with --{purpose}-port, or -1 for none"
         ) from error
+    return f"{'https' if certificates else 'http'}://{host}:{taken}"
 
 
 async def _set_health(checks: Any, status: int) -> None:

@@ -1,21 +1,26 @@
-"""The RPCs of inference and metadata: each a few lines between the wire and the repository."""
+"""The RPCs of inference and metadata: each a few lines between the wire and the repository.
+
+They know nothing of the door that a call comes through; each door calls `Service.answer`.
+"""
 
 import asyncio
 import dataclasses
 import importlib.metadata
 import logging
 import time
-from collections.abc import AsyncIterator
+from typing import Any
+
+from google.protobuf.message import Message
 
 from aqt_engine import lengths
 from aqt_protos import open_inference_pb2 as pb
 from aqt_server import codec, outputs, parameters
 from aqt_server.administration import Administration
 from aqt_server.batcher import DEFAULT_PRIORITY, PRIORITY_LEVELS
+from aqt_server.call import Call
 from aqt_server.errors import RequestError
 from aqt_server.model_config import PLATFORM
-from aqt_server.rpc import Context, answered, status_of
-from aqt_server.streaming import answer_in_order
+from aqt_server.security.authorization import needed
 
 _log = logging.getLogger(__name__)
 _EXTENSIONS = (
@@ -31,18 +36,29 @@ _EXTENSIONS = (
 )
 
 
-class InferenceService(Administration):
+class Service(Administration):
     """`inference.GRPCInferenceService`, whole."""
 
-    async def ServerLive(self, request: pb.ServerLiveRequest, context: Context):
+    async def answer(self, rpc: str, request: Message, call: Call) -> Message:
+        """The response of `rpc` to `request`, if who calls may have it.
+
+        Raises:
+          RequestError: it is refused, for whatever reason.
+        """
+        action, model = needed(rpc, request)
+        self._guard.check(call.principal, action, model)
+        method: Any = getattr(self, rpc)
+        return await method(request, call)
+
+    async def ServerLive(self, request: pb.ServerLiveRequest, call: Call):
         """Live as soon as it answers."""
         return pb.ServerLiveResponse(live=True)
 
-    async def ServerReady(self, request: pb.ServerReadyRequest, context: Context):
+    async def ServerReady(self, request: pb.ServerReadyRequest, call: Call):
         """Ready when every version that was to be loaded at the start is loaded or refused."""
         return pb.ServerReadyResponse(ready=self._repository.scanned)
 
-    async def ModelReady(self, request: pb.ModelReadyRequest, context: Context):
+    async def ModelReady(self, request: pb.ModelReadyRequest, call: Call):
         """Ready when a request to this model would be computed; unknown models are not ready."""
         try:
             self._repository.get(request.name, request.version)
@@ -50,7 +66,7 @@ class InferenceService(Administration):
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=True)
 
-    async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context):
+    async def ServerMetadata(self, request: pb.ServerMetadataRequest, call: Call):
         """The server's name and version, and the extensions of the protocol that it has."""
         return pb.ServerMetadataResponse(
             name="aqt_server",
@@ -58,8 +74,7 @@ class InferenceService(Administration):
             extensions=_EXTENSIONS,
         )
 
-    @answered
-    async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Context):
+    async def ModelMetadata(self, request: pb.ModelMetadataRequest, call: Call):
         """A model's ready versions, and the signature of the one that is asked for."""
         servable = self._repository.get(request.name, request.version)
         return pb.ModelMetadataResponse(
@@ -75,42 +90,15 @@ class InferenceService(Administration):
             ],
         )
 
-    @answered
-    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context):
+    async def ModelInfer(self, request: pb.ModelInferRequest, call: Call):
         """The model's answer to each row of the request."""
-        return await self._infer(request, context)
-
-    async def ModelStreamInfer(  # pyright: ignore[reportIncompatibleMethodOverride]
-        # The stubs know only generators; gRPC also takes a coroutine that writes.
-        self,
-        request_iterator: AsyncIterator[pb.ModelInferRequest],
-        context: Context,
-    ) -> None:
-        """The answers to a stream of requests, in their order; an error ends only its request."""
-
-        async def answer(request: pb.ModelInferRequest) -> pb.ModelStreamInferResponse:
-            try:
-                response = await self._infer(request, context)
-            except Exception as error:
-                code, sentence = status_of(error)
-                response = pb.ModelInferResponse(id=request.id)
-                response.parameters["aqt_status"].string_param = code.name
-                return pb.ModelStreamInferResponse(error_message=sentence, infer_response=response)
-            # What clients of decoupled models wait for: here every response is its request's last.
-            response.parameters["triton_final_response"].bool_param = True
-            return pb.ModelStreamInferResponse(infer_response=response)
-
-        await answer_in_order(request_iterator, answer, context.write)
-
-    async def _infer(
-        self, request: pb.ModelInferRequest, context: Context
-    ) -> pb.ModelInferResponse:
         servable = self._repository.get(request.model_name, request.model_version)
         arrived = time.monotonic_ns()
         with servable.statistics.failures_counted(arrived=arrived):
-            schedule = _schedule(request, context)
-            decoded = codec.decode(request, servable.manifest, self._regions)
-            wants = outputs.wanted(request, servable.manifest, self._regions)
+            schedule = _schedule(request, call)
+            regions = self._regions[call.principal]
+            decoded = codec.decode(request, servable.manifest, regions)
+            wants = outputs.wanted(request, servable.manifest, regions)
             answer = await servable.batcher.run(
                 decoded.inputs,
                 group=decoded.length_bucket,
@@ -143,16 +131,14 @@ class _Schedule:
     deadline: float | None
 
 
-def _schedule(request: pb.ModelInferRequest, context: Context) -> _Schedule:
+def _schedule(request: pb.ModelInferRequest, call: Call) -> _Schedule:
     """When `request` has to be computed: its parameters, and the deadline of the call itself."""
     owner = "the request"
     priority = parameters.integer(request.parameters, "priority", owner, largest=PRIORITY_LEVELS)
     timeout_us = parameters.integer(request.parameters, "timeout", owner)
-    remaining_s = context.time_remaining()
     limits_s = [timeout_us / 1e6] if timeout_us else []
-    # The stub says float, and a call without a deadline has None.
-    if remaining_s is not None:  # pyright: ignore[reportUnnecessaryComparison]
-        limits_s.append(remaining_s)
+    if call.remaining_s is not None:
+        limits_s.append(call.remaining_s)
     now = asyncio.get_running_loop().time()
     return _Schedule(
         priority=priority or DEFAULT_PRIORITY,

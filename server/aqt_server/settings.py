@@ -33,6 +33,14 @@ class ModelControl(enum.StrEnum):
     """Nobody: what is there at the start is loaded, and stays."""
 
 
+class Exempt(enum.StrEnum):
+    """What may be asked without saying who asks."""
+
+    HEALTH = "health"
+    REFLECTION = "reflection"
+    METRICS = "metrics"
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Models:
     """Which models are served."""
@@ -167,6 +175,88 @@ class Limits:
             "memory allows for all connections together",
         ),
     ] = 64 * MIB
+    max_tensor_bytes: Annotated[
+        PositiveInt,
+        Field(
+            title="BYTES",
+            description="of the largest tensor in shared memory, which no message bounds; the "
+            "server holds a copy of each",
+        ),
+    ] = 256 * MIB
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Tls:
+    """How connections are encrypted."""
+
+    tls_certificate: Annotated[
+        Path | None,
+        Field(
+            title="FILE",
+            description="PEM of the server's certificate and those that vouch for it; with it, "
+            "every port takes encrypted connections only. A new content is used without a restart",
+        ),
+    ] = None
+    tls_key: Annotated[
+        Path | None, Field(title="FILE", description="PEM of the certificate's private key")
+    ] = None
+    tls_client_ca: Annotated[
+        Path | None,
+        Field(
+            title="FILE",
+            description="PEM of the CA whose certificates clients must have; without tokens, the "
+            "name in the certificate says who calls",
+        ),
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """Who may do what."""
+
+    auth_tokens: Annotated[
+        Path | None,
+        Field(
+            title="FILE",
+            description='lines `name = "token"` of who may call; a new content is used without a '
+            "restart",
+        ),
+    ] = None
+    auth_jwks: Annotated[
+        Path | None,
+        Field(
+            title="FILE",
+            description="JSON web key set of who signs tokens (HS256, RS256); the subject of a "
+            "token is who calls. A new content is used without a restart",
+        ),
+    ] = None
+    auth_issuer: Annotated[
+        str | None, Field(title="NAME", description="that tokens must have as `iss`")
+    ] = None
+    auth_audience: Annotated[
+        str | None,
+        Field(
+            title="NAME",
+            description="that tokens must have as `aud`; set it where the issuer also makes tokens "
+            "for others. Without it, a token that has an audience is refused",
+        ),
+    ] = None
+    auth_policy: Annotated[
+        Path | None,
+        Field(
+            title="FILE",
+            description="rules of who may infer with, see, load and unload which models; without "
+            "it, whoever is authenticated may do everything",
+        ),
+    ] = None
+    auth_exempt: Annotated[
+        tuple[Exempt, ...],
+        Field(
+            title="WHAT",
+            description="may be asked without saying who asks: health, reflection, metrics; may be "
+            "repeated. Add metrics where the scraper has no token",
+        ),
+    ] = (Exempt.HEALTH, Exempt.REFLECTION)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,8 +267,26 @@ class Settings:
     batching: Batching = Batching()
     listen: Listen = Listen()
     limits: Limits = Limits()
+    tls: Tls = Tls()
+    access: Access = Access()
 
     def __post_init__(self):
+        tls, access = self.tls, self.access
+        if bool(tls.tls_certificate) != bool(tls.tls_key):
+            raise Contradiction(
+                "{tls_certificate} and {tls_key} need each other, and one is missing"
+            )
+        if tls.tls_client_ca and not tls.tls_certificate:
+            raise Contradiction("{tls_client_ca} needs {tls_certificate}, which is missing")
+        if (access.auth_issuer or access.auth_audience) and not access.auth_jwks:
+            raise Contradiction(
+                "{auth_issuer} and {auth_audience} need {auth_jwks}, which is missing"
+            )
+        if access.auth_policy and not (access.auth_tokens or access.auth_jwks or tls.tls_client_ca):
+            raise Contradiction(
+                "{auth_policy} needs {auth_tokens}, {auth_jwks} or {tls_client_ca}, for else "
+                "nobody has a name"
+            )
         if self.models.load_model and self.models.model_control is not ModelControl.EXPLICIT:
             raise Contradiction(
                 "{load_model} needs {model_control} explicit, and it is "

@@ -83,9 +83,10 @@ class Window:
 
 
 class Regions:
-    """The registered regions by name."""
+    """The registered regions by name; no tensor in them may be larger than `max_tensor_bytes`."""
 
-    def __init__(self):
+    def __init__(self, max_tensor_bytes: int):
+        self._max_tensor_bytes = max_tensor_bytes
         self._regions: dict[str, Region] = {}
 
     def register(self, *, name: str, key: str, offset: int, nbytes: int) -> None:
@@ -155,6 +156,11 @@ class Regions:
             raise InvalidRequest(
                 f"{owner} is to be {nbytes} bytes from {offset} on in region {name!r}, which has "
                 f"{region.nbytes}: stay within it"
+            )
+        if nbytes > self._max_tensor_bytes:
+            raise InvalidRequest(
+                f"{owner} is to have {nbytes} bytes in shared memory, and the server takes at most "
+                f"{self._max_tensor_bytes} for a tensor: split it, or raise --max-tensor-bytes"
             )
         return Window(region=region, offset=offset, nbytes=nbytes, owner=owner)
 

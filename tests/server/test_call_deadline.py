@@ -2,36 +2,27 @@
 
 import asyncio
 
-import grpc
 import pytest
 
 from aqt_engine import bundle
+from aqt_engine.execution import Mode
 from aqt_server.batcher import Batcher
+from aqt_server.call import Call
+from aqt_server.errors import DeadlineExceeded
 from aqt_server.logs import LogSettings
 from aqt_server.repository import Servable
-from aqt_server.service import InferenceService
-from aqt_server.shared_memory import Regions
+from aqt_server.security.authentication import ANONYMOUS
+from aqt_server.security.authorization import Guard
+from aqt_server.service import Service
+from aqt_server.settings import Access, Limits, Tls
 from aqt_server.statistics import Statistics
 from aqt_server.tracing import Tracer
 from bundles import SPECS
 from server.messages import MODEL, request_of, x_of
 
 
-class Aborted(Exception):
-    pass
-
-
-class Context:
-    """A call with so many seconds left."""
-
-    def __init__(self, remaining_s):
-        self._remaining_s = remaining_s
-
-    def time_remaining(self):
-        return self._remaining_s
-
-    async def abort(self, code, sentence):
-        raise Aborted(code)
+def call(remaining_s):
+    return Call(principal=ANONYMOUS, peer="", remaining_s=remaining_s, headers={})
 
 
 class OneModel:
@@ -46,9 +37,12 @@ class OneModel:
             manifest=bundle.Manifest(
                 **SPECS,
                 **{"tile": 4, "weights": (), "float_nbytes": 0, "platforms": ()},
-                **{"tools": {}, "files": {}},
+                **{"tools": {}, "files": {}, "lengths": {}, "pads": {}},
+                **{"per_request": (), "tile_costs": {}},
             ),
             exact=True,
+            mode=Mode.EXACT,
+            verdict="",
             bucket_rows=(4,),
             batcher=Batcher(self._compute, max_batch_rows=4, queue_rows=8, statistics=statistics),
             statistics=statistics,
@@ -65,14 +59,14 @@ class OneModel:
 def test_the_deadline_of_the_call_reaches_the_queue():
     async def main():
         model = OneModel()
-        service = InferenceService(
-            repository=model, regions=Regions(), tracer=Tracer(), logs=LogSettings()
+        guard = Guard(Access(), Tls())
+        service = Service(
+            repository=model, guard=guard, tracer=Tracer(), logs=LogSettings(), limits=Limits()
         )
-        with pytest.raises(Aborted) as raised:
-            await service.ModelInfer(request_of(x_of(3)), Context(0.0))
-        assert raised.value.args == (grpc.StatusCode.DEADLINE_EXCEEDED,)
+        with pytest.raises(DeadlineExceeded):
+            await service.answer("ModelInfer", request_of(x_of(3)), call(0.0))
         for remaining_s in (60.0, None):
-            response = await service.ModelInfer(request_of(x_of(2)), Context(remaining_s))
+            response = await service.answer("ModelInfer", request_of(x_of(2)), call(remaining_s))
             assert list(response.outputs[0].shape) == [2, 4]
         assert model.computed == [2, 2]
         assert await model.servable.batcher.close(60)

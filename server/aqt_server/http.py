@@ -1,0 +1,146 @@
+"""What all that is served over HTTP has in common: the port, who calls, errors, and the metrics.
+
+It runs in the event loop of everything else. A request that a browser made for a page of elsewhere
+is refused: a page must not unload a model because its reader can reach the server.
+"""
+
+import asyncio
+import json
+import logging
+import ssl
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from aiohttp import web
+
+from aqt_server.call import Call
+from aqt_server.metrics import Metrics
+from aqt_server.rpc import status_of
+from aqt_server.security.authentication import Principal
+from aqt_server.security.authorization import Action, Guard
+
+_log = logging.getLogger(__name__)
+_BODY_S = 60.0
+_STATUSES = {
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.FAILED_PRECONDITION: 400,
+    grpc.StatusCode.UNAUTHENTICATED: 401,
+    grpc.StatusCode.PERMISSION_DENIED: 403,
+    grpc.StatusCode.NOT_FOUND: 404,
+    grpc.StatusCode.ALREADY_EXISTS: 409,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+    grpc.StatusCode.UNIMPLEMENTED: 501,
+    grpc.StatusCode.UNAVAILABLE: 503,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
+}
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def call_of(request: web.Request, guard: Guard) -> Call:
+    """What is known of the call beside its body.
+
+    Raises:
+      Unauthenticated: what it shows of who calls is not valid.
+    """
+    return Call(
+        principal=_principal(request, guard),
+        peer=request.remote or "",
+        remaining_s=None,
+        headers={name.lower(): value for name, value in request.headers.items()},
+    )
+
+
+def _principal(request: web.Request, guard: Guard) -> Principal:
+    name = None
+    if guard.authenticator.by_certificate and request.transport:
+        name = _name(request.transport.get_extra_info("peercert") or {})
+    return guard.authenticator.identify(request.headers.get("authorization"), name)
+
+
+def _name(certificate: dict[str, Any]) -> str | None:
+    """The common name of a client's certificate, else its first alternative name."""
+    common = [value for part in certificate.get("subject", ()) for key, value in part
+              if key == "commonName"]  # fmt: skip
+    names = [*common, *(value for _, value in certificate.get("subjectAltName", ()))]
+    return names[0] if names else None
+
+
+async def body_of(request: web.Request) -> bytes:
+    """The body, unpacked; within the size that the application allows."""
+    try:
+        async with asyncio.timeout(_BODY_S):
+            return await request.read()
+    except TimeoutError:
+        raise web.HTTPRequestTimeout from None
+
+
+def answer_in_json(document: Any, *, status: int = 200) -> web.Response:
+    """A response of `document` as JSON."""
+    return web.json_response(document, status=status, dumps=json.dumps)
+
+
+@web.middleware
+async def errors_in_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """What `handler` answers; its errors as `{"error": sentence}` with their status."""
+    if "Origin" in request.headers:
+        return answer_in_json({"error": "requests of web pages are not answered here"}, status=403)
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        sentence = {
+            404: f"there is nothing at {request.method} {request.path}",
+            405: f"{request.path} cannot be asked with {request.method}",
+            413: "the request is larger than --max-message-bytes allows: send less at once",
+        }.get(error.status, error.reason)
+        return answer_in_json({"error": sentence}, status=error.status)
+    except Exception as error:
+        code, sentence = status_of(error)
+        response = answer_in_json({"error": sentence}, status=_STATUSES.get(code, 500))
+        if response.status == 401:
+            response.headers["WWW-Authenticate"] = "Bearer"
+        return response
+
+
+def metrics_application(metrics: Metrics, guard: Guard) -> web.Application:
+    """Serves `metrics` at /metrics."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        guard.check(call_of(request, guard).principal, Action.METRICS)
+        body, content_type = await metrics.exposition(request.headers.get("accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+    application = web.Application(middlewares=[errors_in_json])
+    application.router.add_get("/metrics", answer)
+    return application
+
+
+class Port:
+    """A port on which an application listens."""
+
+    def __init__(self, application: web.Application):
+        # A request whose client has gone away is cancelled, and leaves the queue.
+        self._runner = web.AppRunner(
+            application,
+            handle_signals=False,
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=1,
+        )
+
+    async def listen(self, host: str, port: int, encryption: ssl.SSLContext | None) -> int:
+        """The port that it listens on, which is `port` unless that is 0, for any.
+
+        Raises:
+          OSError: the port cannot be had.
+        """
+        await self._runner.setup()
+        await web.TCPSite(self._runner, host, port, ssl_context=encryption).start()
+        return self._runner.addresses[0][1]
+
+    async def close(self) -> None:
+        """Takes no more requests, and gives those that are answered now a second."""
+        await self._runner.cleanup()
