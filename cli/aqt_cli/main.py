@@ -5,6 +5,7 @@ import typer
 from aqt_cli.convert import convert
 from aqt_cli.inspect import inspect
 from aqt_cli.predict import predict
+from aqt_cli.report import report
 from aqt_cli.serve import CONTEXT as SERVE_CONTEXT
 from aqt_cli.serve import serve
 from aqt_cli.verify import verify
@@ -15,6 +16,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (convert, inspect, verify, predict):
+for command in (convert, inspect, verify, report, predict):
     app.command()(command)
 app.command(context_settings=SERVE_CONTEXT)(serve)
