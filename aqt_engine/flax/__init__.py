@@ -10,5 +10,13 @@ from aqt_engine.flax.injection import quantize as quantize
 from aqt_engine.flax.injection import report as report
 from aqt_engine.flax.linen import AqtDotGeneral as AqtDotGeneral
 from aqt_engine.flax.linen import AqtEinsum as AqtEinsum
+from aqt_engine.flax.scale import ChannelScale as ChannelScale
 
-__all__ = ["AqtConvGeneralDilated", "AqtDotGeneral", "AqtEinsum", "quantize", "report"]
+__all__ = [
+    "AqtConvGeneralDilated",
+    "AqtDotGeneral",
+    "AqtEinsum",
+    "ChannelScale",
+    "quantize",
+    "report",
+]
