@@ -3,6 +3,7 @@
 from aqt_engine.config.contraction import DotGeneral as DotGeneral
 from aqt_engine.config.contraction import DotGeneralRaw as DotGeneralRaw
 from aqt_engine.config.contraction import LocalAqt as LocalAqt
+from aqt_engine.config.contraction import LocalAqtBySize as LocalAqtBySize
 from aqt_engine.config.contraction import Tensor as Tensor
 from aqt_engine.config.presets import config_fwd_fp8 as config_fwd_fp8
 from aqt_engine.config.presets import config_v3 as config_v3
@@ -22,6 +23,7 @@ __all__ = [
     "DotGeneral",
     "DotGeneralRaw",
     "LocalAqt",
+    "LocalAqtBySize",
     "Tensor",
     "config_fwd_fp8",
     "config_v3",

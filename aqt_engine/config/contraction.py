@@ -7,6 +7,7 @@ the left. To change a configuration, make another with `dataclasses.replace`.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,50 @@ class LocalAqt:
                 f"{self.contraction_axis_shard_count}"
             )
 
+    def shards(self, sizes: Sequence[int]) -> tuple[int, int]:
+        """Which of the contracted axes, of these sizes, is split, and into how many pieces.
+
+        Raises:
+          ValueError: the pieces would not be equal.
+        """
+        if sizes[0] % self.contraction_axis_shard_count:
+            raise ValueError(
+                f"a contracted axis of {sizes[0]} cannot be split into "
+                f"`contraction_axis_shard_count={self.contraction_axis_shard_count}` equal shards"
+            )
+        return 0, self.contraction_axis_shard_count
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LocalAqtBySize:
+    """Quantizes the largest contracted axis in pieces of `contraction_axis_shard_size` values.
+
+    Otherwise as `LocalAqt`. Of axes of equal size it is the first.
+    """
+
+    contraction_axis_shard_size: int
+
+    def __post_init__(self):
+        if self.contraction_axis_shard_size < 1:
+            raise ValueError(
+                f"`contraction_axis_shard_size` must be at least 1, got "
+                f"{self.contraction_axis_shard_size}"
+            )
+
+    def shards(self, sizes: Sequence[int]) -> tuple[int, int]:
+        """Which of the contracted axes, of these sizes, is split, and into how many pieces.
+
+        Raises:
+          ValueError: the pieces would not be of that size.
+        """
+        largest = max(sizes)
+        if largest % self.contraction_axis_shard_size:
+            raise ValueError(
+                f"a contracted axis of {largest} cannot be split into shards of "
+                f"`contraction_axis_shard_size={self.contraction_axis_shard_size}`"
+            )
+        return list(sizes).index(largest), largest // self.contraction_axis_shard_size
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DotGeneralRaw:
@@ -149,7 +194,7 @@ class DotGeneralRaw:
     rhs: Tensor = Tensor()
     dg_in_dtype: DTypeLike | None = None
     dg_accumulator_dtype: DTypeLike | None = None
-    local_aqt: LocalAqt | None = None
+    local_aqt: LocalAqt | LocalAqtBySize | None = None
 
     def __post_init__(self):
         for side, tensor, other in (

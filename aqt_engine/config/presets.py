@@ -6,7 +6,13 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from aqt_engine.config.contraction import DotGeneral, DotGeneralRaw, LocalAqt, Tensor
+from aqt_engine.config.contraction import (
+    DotGeneral,
+    DotGeneralRaw,
+    LocalAqt,
+    LocalAqtBySize,
+    Tensor,
+)
 from aqt_engine.numerics import Fp8Numerics, IntNumerics, Noise, Numerics, Uniform
 
 _SIDES = tuple(f"{c}.{side}" for c in ("fwd", "dlhs", "drhs") for side in ("lhs", "rhs"))
@@ -77,8 +83,8 @@ def config_v4(
     drhs_bits: int | None = None,
     *,
     use_stochastic_rounding: bool = True,
-    dlhs_local_aqt: LocalAqt | None = None,
-    drhs_local_aqt: LocalAqt | None = None,
+    dlhs_local_aqt: LocalAqt | LocalAqtBySize | None = None,
+    drhs_local_aqt: LocalAqt | LocalAqtBySize | None = None,
 ) -> DotGeneral:
     """Only incoming gradients are rounded stochastically; the right side's gradient is in float.
 
@@ -88,7 +94,7 @@ def config_v4(
 
     noise_fn = Uniform() if use_stochastic_rounding else None
 
-    def backward(bits: int | None, local_aqt: LocalAqt | None) -> DotGeneralRaw:
+    def backward(bits: int | None, local_aqt: LocalAqt | LocalAqtBySize | None) -> DotGeneralRaw:
         contraction = raw(int_tensor(bits, noise_fn=noise_fn), int_tensor(bits))
         return dataclasses.replace(contraction, local_aqt=local_aqt)
 

@@ -41,8 +41,10 @@ class AqtConvGeneralDilated(AqtDotGeneral):
 
         Raises:
           ValueError: a side is in SERVE and nothing was stored for it, or what was stored has
-            another shape.
+            another shape; or there is a `tiling`.
         """
+        if self.tiling is not None:
+            raise ValueError("a convolution is not tiled: leave `tiling` None")
         convolution: Callable[..., jax.Array] = jax.lax.conv_general_dilated
         left: Operand = lhs
         right: Operand = rhs

@@ -13,7 +13,7 @@ the mode too.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -25,10 +25,13 @@ from aqt_engine.config import DotGeneral, Tensor
 from aqt_engine.context import Context
 from aqt_engine.modes import QuantMode
 from aqt_engine.numerics import NoNumerics
+from aqt_engine.ops import tiled
 from aqt_engine.ops.axes import Axes, DimensionNumbers, DotAxes
 from aqt_engine.ops.dot_general import quantize_lhs, quantize_rhs
 from aqt_engine.ops.einsum import contract, plan
 from aqt_engine.ops.operand import Operand
+from aqt_engine.ops.tiled import tiled_dot_general
+from aqt_engine.ops.tiling import Tiling
 from aqt_engine.qtensor import QTensor, Scale
 from aqt_engine.quantizer import shared_axes
 from aqt_engine.statistics import KnownBound, Statistics, StatisticsCalibration
@@ -39,6 +42,7 @@ class AqtDotGeneral(nn.Module):
 
     `config` None contracts in float. Noise is drawn with the key stream `prng_name`, if the caller
     gives one. One instance may serve several layers: each call stores under a name of its own.
+    With `tiling` it contracts as `aqt_engine.ops.tiled_dot_general`, and stores tiles.
     """
 
     config: DotGeneral | None = None
@@ -49,6 +53,7 @@ class AqtDotGeneral(nn.Module):
     statistics_collection: str = "aqt_statistics"
     lhs_var_name: str = "qlhs"
     rhs_var_name: str = "qrhs"
+    tiling: Tiling | None = None
 
     def setup(self):
         """Starts the count of calls; Flax does this once for each run of the model."""
@@ -86,7 +91,7 @@ class AqtDotGeneral(nn.Module):
             lhs,
             config.fwd.lhs,
             (axes.lhs_contracting, axes.lhs_batch),
-            functools.partial(quantize_lhs, lhs, rhs.ndim, dimension_numbers, config=config),
+            functools.partial(self._quantize_lhs, config, lhs, rhs, dimension_numbers),
         )
         right, right_scale = self.side(
             self.rhs_quant_mode,
@@ -94,9 +99,12 @@ class AqtDotGeneral(nn.Module):
             rhs,
             config.fwd.rhs,
             (axes.rhs_contracting, axes.rhs_batch),
-            functools.partial(quantize_rhs, rhs, lhs.ndim, dimension_numbers, config=config),
+            functools.partial(self._quantize_rhs, config, lhs, rhs, dimension_numbers),
         )
-        return config(
+        contraction: Callable[..., jax.Array] = config
+        if self.tiling is not None:
+            contraction = functools.partial(tiled_dot_general, config=config, tiling=self.tiling)
+        return contraction(
             left,
             right,
             dimension_numbers,
@@ -106,6 +114,20 @@ class AqtDotGeneral(nn.Module):
             lhs_scale=left_scale,
             rhs_scale=right_scale,
         )
+
+    def _quantize_lhs(
+        self, config: DotGeneral, lhs: jax.Array, rhs: jax.Array, numbers: DimensionNumbers
+    ) -> QTensor:
+        if self.tiling is None:
+            return quantize_lhs(lhs, rhs.ndim, numbers, config=config)
+        return tiled.quantize_lhs(lhs, rhs, numbers, config=config, tiling=self.tiling)
+
+    def _quantize_rhs(
+        self, config: DotGeneral, lhs: jax.Array, rhs: jax.Array, numbers: DimensionNumbers
+    ) -> QTensor:
+        if self.tiling is None:
+            return quantize_rhs(rhs, lhs.ndim, numbers, config=config)
+        return tiled.quantize_rhs(rhs, lhs, numbers, config=config, tiling=self.tiling)
 
     def configuration(self) -> DotGeneral | None:
         """`config`. An interceptor of linen methods may give another, as rules and searches do."""
@@ -154,10 +176,10 @@ class AqtDotGeneral(nn.Module):
         assert isinstance(tensor.calibration, StatisticsCalibration)
         calibration = tensor.calibration
         config = self.configuration()
-        if config is not None and config.fwd.local_aqt is not None:
+        if self.tiling is not None or (config is not None and config.fwd.local_aqt is not None):
             raise ValueError(
-                f"{'/'.join(self.path)} has `local_aqt` and {type(calibration).__name__}, which "
-                f"keeps no statistics by shard: use one of them"
+                f"{'/'.join(self.path)} has tiles (`local_aqt` or a tiling) and "
+                f"{type(calibration).__name__}, which keeps no statistics by tile: use one of them"
             )
         calibration_axes = tensor.shared_by(operand.ndim, *axes)
         shared = shared_axes(tensor.calib_shared_axes, calibration_axes, operand.ndim)
@@ -241,7 +263,8 @@ def numbered(name: str, call: int) -> str:
 class AqtEinsum(nn.Module):
     """A quantized `jax.numpy.einsum` of two operands: `AqtEinsum(config)("ab,bc->ac", x, w)`.
 
-    The modes and names of the two sides are those of the equation's operands, in its order.
+    The modes and names of the two sides are those of the equation's operands, in its order. With
+    `tile_sizes`, by letters, it contracts as `aqt_engine.ops.tiled_einsum`, and stores tiles.
     """
 
     config: DotGeneral | None = None
@@ -250,6 +273,7 @@ class AqtEinsum(nn.Module):
     prng_name: str | None = "params"
     quant_collection: str = "aqt"
     statistics_collection: str = "aqt_statistics"
+    tile_sizes: Mapping[str, int] | None = None
 
     @nn.compact
     def __call__(
@@ -265,8 +289,12 @@ class AqtEinsum(nn.Module):
         modes = (self.lhs_quant_mode, self.rhs_quant_mode)
         names = ("qlhs", "qrhs")
         config = self.config
+        tiling = None
+        if self.tile_sizes is not None:
+            tiling = Tiling.of_letters(p.lhs_kept, p.rhs_kept, self.tile_sizes)
         if p.swap:
             modes, names = modes[::-1], names[::-1]
+            tiling = None if tiling is None else tiling.swapped()
             config = None if config is None else config.swapped()
         dot_general = AqtDotGeneral(
             config,
@@ -277,6 +305,7 @@ class AqtEinsum(nn.Module):
             statistics_collection=self.statistics_collection,
             lhs_var_name=names[0],
             rhs_var_name=names[1],
+            tiling=tiling,
         )
         contraction = functools.partial(
             dot_general, precision=precision, preferred_element_type=preferred_element_type

@@ -43,6 +43,23 @@ class DotAxes:
             rhs_remaining=tuple(a for a in range(rhs_ndim) if a not in (*rc, *rb)),
         )
 
+    def require_fit(self, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> None:
+        """Refuses operands of these shapes where sizes differ.
+
+        Raises:
+          ValueError: they do.
+        """
+        for kind, left, right in (
+            ("contracted", self.lhs_contracting, self.rhs_contracting),
+            ("batch", self.lhs_batch, self.rhs_batch),
+        ):
+            sizes, others = [lhs[a] for a in left], [rhs[a] for a in right]
+            if sizes != others:
+                raise ValueError(
+                    f"the {kind} axes {left} of `lhs` {lhs} and {right} of `rhs` {rhs} must have "
+                    f"the same sizes, got {sizes} and {others}"
+                )
+
     @property
     def dimension_numbers(self) -> DimensionNumbers:
         """What `jax.lax.dot_general` takes."""

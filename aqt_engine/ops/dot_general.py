@@ -60,13 +60,16 @@ def dot_general(
     With `config.fwd.local_aqt`, a `QTensor` or a given scale has the shards as an axis of its own,
     in front of the contracted axis that is sharded.
 
+    A value that is not finite makes NaN of all that share its scale, and so of every output that
+    sums one of those. A group of zeros gives zeros, and so does a sum of no values.
+
     Bits: every value is the same eager, jitted, and in any batch, for configurations that contract
     integers without a bias.
 
     Raises:
       TypeError: an operand is not float.
-      ValueError: a scale varies along a contracted axis, an int32 sum could overflow, or noise is
-        drawn without a key.
+      ValueError: sizes do not fit, a scale varies along a contracted axis, an int32 sum could
+        overflow, or noise is drawn without a key.
     """
     require_float(lhs, rhs)
     sharded = config.fwd.local_aqt is not None
@@ -76,6 +79,7 @@ def dot_general(
         rhs.ndim - (sharded and isinstance(rhs, QTensor)),
     )
     lhs, rhs, axes = _shard_contraction(config.fwd, lhs, rhs, axes)
+    axes.require_fit(lhs.shape, rhs.shape)
     precision = lax.Precision.DEFAULT if precision is None else precision
     stored = isinstance(lhs, QTensor) or isinstance(rhs, QTensor)
     contraction = _contract_stored if stored else _dot_general
@@ -96,7 +100,8 @@ def quantize_lhs(
 ) -> QTensor:
     """`x` as the forward pass quantizes its left side, with `scale` if given: what is stored."""
     axes = DotAxes.parse(dimension_numbers, x.ndim, rhs_ndim)
-    x, contracting, batch = _sharded(config.fwd, x, axes.lhs_contracting, axes.lhs_batch)
+    split = _shards(config.fwd, x, axes.lhs_contracting)
+    x, contracting, batch = _sharded(split, x, axes.lhs_contracting, axes.lhs_batch)
     return quantize(config.fwd.lhs, x, contracting, batch, None, scale)[0]
 
 
@@ -110,7 +115,8 @@ def quantize_rhs(
 ) -> QTensor:
     """`x` as the forward pass quantizes its right side, with `scale` if given: what is stored."""
     axes = DotAxes.parse(dimension_numbers, lhs_ndim, x.ndim)
-    x, contracting, batch = _sharded(config.fwd, x, axes.rhs_contracting, axes.rhs_batch)
+    split = _shards(config.fwd, x, axes.rhs_contracting)
+    x, contracting, batch = _sharded(split, x, axes.rhs_contracting, axes.rhs_batch)
     return quantize(config.fwd.rhs, x, contracting, batch, None, scale)[0]
 
 
@@ -227,31 +233,41 @@ def _quantize_and_contract(
 def _shard_contraction(
     raw: "DotGeneralRaw", lhs: Operand, rhs: Operand, axes: DotAxes
 ) -> tuple[Any, Any, DotAxes]:
-    """Splits the first contracted axis into shards, which become the first batch axis."""
-    lhs, lhs_contracting, lhs_batch = _sharded(raw, lhs, axes.lhs_contracting, axes.lhs_batch)
-    rhs, rhs_contracting, rhs_batch = _sharded(raw, rhs, axes.rhs_contracting, axes.rhs_batch)
+    """Splits a contracted axis into shards, which become the first batch axis."""
+    if raw.local_aqt is None:
+        return lhs, rhs, axes
+    # What is stored was split before it was quantized, and no longer says along which axis.
+    whole, contracting = (lhs, axes.lhs_contracting)
+    if isinstance(lhs, QTensor):
+        whole, contracting = (rhs, axes.rhs_contracting)
+    if isinstance(whole, QTensor):
+        raise ValueError("`fwd.local_aqt` takes a stored operand on one side only, and got two")
+    split = _shards(raw, whole, contracting)
+    lhs, lhs_contracting, lhs_batch = _sharded(split, lhs, axes.lhs_contracting, axes.lhs_batch)
+    rhs, rhs_contracting, rhs_batch = _sharded(split, rhs, axes.rhs_contracting, axes.rhs_batch)
     numbers = ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))
     return lhs, rhs, DotAxes.parse(numbers, lhs.ndim, rhs.ndim)
 
 
-def _sharded(
-    raw: "DotGeneralRaw", x: Any, contracting: Axes, batch: Axes
-) -> tuple[Any, Axes, Axes]:
-    """An operand with its shards in an axis of their own, and its axes then."""
+def _shards(raw: "DotGeneralRaw", x: jax.Array, contracting: Axes) -> tuple[int, int] | None:
+    """Which of the contracted axes is split, and into how many shards; None if none is."""
     if raw.local_aqt is None:
-        return x, contracting, batch
+        return None
     if not contracting:
         raise ValueError("`local_aqt` splits a contracted axis, and this contraction has none")
-    axis, count = contracting[0], raw.local_aqt.contraction_axis_shard_count
-    # What is stored was split before it was quantized.
+    return raw.local_aqt.shards([x.shape[a] for a in contracting])
+
+
+def _sharded(
+    split: tuple[int, int] | None, x: Any, contracting: Axes, batch: Axes
+) -> tuple[Any, Axes, Axes]:
+    """An operand with its shards in an axis of their own, and its axes then."""
+    if split is None:
+        return x, contracting, batch
+    index, count = split
+    axis = contracting[index]
     if not isinstance(x, QTensor):
-        size, rest = divmod(x.shape[axis], count)
-        if rest:
-            raise ValueError(
-                f"a contracted axis of {x.shape[axis]} cannot be split into "
-                f"`contraction_axis_shard_count={count}` equal shards"
-            )
-        x = x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+        x = x.reshape(*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1 :])
 
     def shifted(kind: Axes) -> Axes:
         return tuple(a + (a >= axis) for a in kind)

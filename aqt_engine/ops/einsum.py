@@ -81,8 +81,10 @@ def contract(p: EinsumPlan, lhs: Operand, rhs: Operand, contraction: Contraction
     """Carries out plan `p`; `contraction` gets its operands in the order of the plan.
 
     Raises:
-      ValueError: a `QTensor` would have to be summed or reduced to a diagonal.
+      ValueError: a letter has two sizes, or a `QTensor` would have to be summed or reduced to a
+        diagonal.
     """
+    _require_one_size(p, lhs, rhs)
     lhs = _reduce(lhs, p.lhs_labels, p.lhs_kept)
     rhs = _reduce(rhs, p.rhs_labels, p.rhs_kept)
     left, right = (rhs, lhs) if p.swap else (lhs, rhs)
@@ -153,6 +155,20 @@ def labels_of(equation: str, lhs_ndim: int, rhs_ndim: int) -> tuple[str, str, st
     if len(set(out)) != len(out) or not set(out) <= set(left + right):
         raise ValueError(f"the output of {equation!r} must name letters of the operands, each once")
     return left, right, out
+
+
+def _require_one_size(p: EinsumPlan, lhs: Operand, rhs: Operand) -> None:
+    sizes: dict[str, int] = {}
+    for labels, operand in ((p.lhs_labels, lhs), (p.rhs_labels, rhs)):
+        # What is stored in tiles has axes without letters.
+        letters = labels if operand.ndim == len(labels) else ""
+        for letter, size in zip(letters, operand.shape, strict=False):
+            if sizes.setdefault(letter, size) != size:
+                raise ValueError(
+                    f"the letter {letter!r} of {p.lhs_labels!r} and {p.rhs_labels!r} stands for "
+                    f"sizes {sizes[letter]} and {size}, of operands of shapes {lhs.shape} and "
+                    f"{rhs.shape}"
+                )
 
 
 def _reduce(operand: Operand, labels: str, kept: str) -> Operand:
