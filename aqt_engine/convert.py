@@ -22,7 +22,8 @@ from aqt_engine.bundle import Arrays, Bundle
 from aqt_engine.convertible import ConversionError as ConversionError
 from aqt_engine.convertible import Convertible, LinenModel, ModelFactory
 from aqt_engine.execution import Program
-from aqt_engine.folding import Function as Function
+from aqt_engine.functions import QuantizedFunction
+from aqt_engine.functions.folding import Function as Function
 from aqt_engine.manifest import LengthBucket
 from aqt_engine.signature import Signature as Signature
 
@@ -31,7 +32,7 @@ _PLAIN = Signature()
 
 
 def convert(
-    model: ModelFactory | Convertible,
+    model: ModelFactory | Convertible | QuantizedFunction,
     variables: Any,
     example: Arrays,
     path: str | os.PathLike[str],
@@ -43,9 +44,10 @@ def convert(
     """Writes the model as a bundle at `path` (`.../NAME/VERSION`) and returns its manifest.
 
     Args:
-      model: a `Convertible`, or a function that gives the linen module for a mode:
-        `model(QuantMode.TRAIN)` is what was trained, and the mode is to be set on the side of each
-        contraction that is the weight.
+      model: a function that gives the linen module for a mode: `model(QuantMode.TRAIN)` is what
+        was trained, and the mode is to be set on the side of each contraction that is the weight.
+        Or `Function(fn)` of any `fn(variables, **inputs)` that contracts with our ops; or what
+        `aqt_engine.functions.quantize` made of one; or another `Convertible`.
       variables: what was trained: for linen Flax collections, `{"params": ...}` and others.
       example: typical inputs by the names of the model's arguments, each of shape (rows, ...).
         They fix the signature, and the first 256 rows become the witness.
@@ -129,7 +131,9 @@ def convert(
     )
 
 
-def calibrate(model: ModelFactory | Convertible, variables: Any, batches: Iterable[Arrays]) -> Any:
+def calibrate(
+    model: ModelFactory | Convertible | QuantizedFunction, variables: Any, batches: Iterable[Arrays]
+) -> Any:
     """`variables` with the statistics of `batches`: what static quantization freezes into scales.
 
     Args:
@@ -143,7 +147,9 @@ def calibrate(model: ModelFactory | Convertible, variables: Any, batches: Iterab
     return _convertible(model).calibrated(variables, map(_PLAIN.canonical, batches))
 
 
-def _convertible(model: ModelFactory | Convertible) -> Convertible:
+def _convertible(model: ModelFactory | Convertible | QuantizedFunction) -> Convertible:
+    if isinstance(model, QuantizedFunction):
+        return Function(model)
     return model if isinstance(model, Convertible) else LinenModel(model)
 
 

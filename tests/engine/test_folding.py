@@ -11,7 +11,11 @@ import aqt_engine
 from aqt_engine import bundle, config, convert
 from aqt_engine.calibration import ConstantCalibration, MinMaxCalibration
 from aqt_engine.execution import Program
+from aqt_engine.functions import quantize
+from aqt_engine.modes import CalibrationMode
 from aqt_engine.ops import conv_general_dilated
+from aqt_engine.rules import Rule, Rules
+from aqt_engine.statistics import MeanOfAbsMaxCalibration
 from engine.contractions import assert_same_bits
 
 INT8 = config.fully_quantized()
@@ -243,6 +247,42 @@ def test_similarity_search_is_a_model_too(tmp_path):
         scores, normal(50, 6), {"query": np.asarray(X)}, tmp_path / "1"
     )
     assert stored == {"weight/qvalue": "int8", "weight/scale": "float32"}
+
+
+def plain(v, x):
+    with jax.named_scope("layers"):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x @ v["first"], v["rest"])[0]
+
+
+def test_a_function_that_rules_quantize_is_folded_with_its_static_scales():
+    static = config.update(INT8, "fwd.lhs", calibration=MeanOfAbsMaxCalibration())
+    static = config.update(static, "fwd.lhs", calibration_mode=CalibrationMode.ALL_AXES)
+    quantized = quantize(plain, Rules((Rule(modules="layers/.*", config=static),)))
+    variables = {"first": normal(6, 6), "rest": normal(2, 6, 6)}
+    with pytest.raises(ValueError, match="no statistics"):
+        convert.Function(quantized).serving(variables, {"x": X})
+    calibrated = convert.calibrate(quantized, variables, [{"x": np.asarray(X)}] * 2)
+    serving = convert.Function(quantized).serving(calibrated, {"x": X})
+    values = [leaf.value for leaf in serving.leaves]
+    found = jax.jit(serving.forward)(values, {"x": X})
+    closed = quantized.calibrate([(variables, X)] * 2)
+    assert_same_bits(found, jax.jit(closed)(variables, X))
+    assert set(fold(closed, variables, x=X)) == {
+        "first/qvalue",
+        "first/scale",
+        "rest/qvalue",
+        "rest/scale",
+        "closure/scale",
+        "closure_1/scale",
+    }
+
+
+@pytest.mark.slow
+def test_a_function_that_rules_quantize_is_converted(tmp_path):
+    quantized = quantize(plain, Rules((Rule(modules="layers/.*", config=INT8),)))
+    variables = {"first": normal(6, 6), "rest": normal(2, 6, 6)}
+    manifest = convert.convert(quantized, variables, {"x": np.asarray(X)}, tmp_path / "1", tile=4)
+    assert {w.dtype for w in manifest.weights if w.role == "qvalue"} == {"int8"}
 
 
 @pytest.mark.slow

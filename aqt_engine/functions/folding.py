@@ -8,6 +8,7 @@ stands nor what is done to it before it is quantized, and no framework has to he
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,12 +19,13 @@ from jax.extend import core
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jax.extend.core import primitives as p
 
-from aqt_engine import jaxprs
 from aqt_engine.convertible import ConversionError, Convertible, Inputs, Leaf, Serving, leaves_of
-from aqt_engine.jaxprs import Path, walk
+from aqt_engine.functions import jaxprs
+from aqt_engine.functions.jaxprs import Path, walk
+from aqt_engine.functions.quantized import QuantizedFunction
+from aqt_engine.functions.substitution import Given, substituted
 from aqt_engine.manifest import Role
 from aqt_engine.qtensor import MARKS
-from aqt_engine.substitution import Given, substituted
 
 # The source of an array that stands in the program itself: any variable comes before it.
 _CLOSURE = sys.maxsize
@@ -40,6 +42,9 @@ class Function(Convertible):
 
     def train(self, variables: Any, inputs: Inputs) -> Any:
         """The function itself."""
+        if isinstance(variables, Calibrated) and isinstance(self.fn, QuantizedFunction):
+            calibrated = dataclasses.replace(self.fn, statistics=variables.statistics)
+            return calibrated(variables.variables, **inputs)
         return self.fn(variables, **inputs)
 
     def serving(self, variables: Any, inputs: Inputs) -> Serving:
@@ -49,7 +54,7 @@ class Function(Convertible):
           ConversionError: that is nothing, or something stands where it cannot be folded.
         """
         arrays = leaves_of(variables)
-        traced = _trace(self.fn, variables, inputs)[0]
+        traced = _trace(self.train, variables, inputs)[0]
         sites: dict[Path, _Site] = {}
 
         # Compiled, as training is: a search for the best scale depends on the order of its sums.
@@ -73,7 +78,7 @@ class Function(Convertible):
 
         def forward(values: Sequence[jax.Array], inputs: Inputs) -> Any:
             tree = jax.tree.unflatten(jax.tree.structure(variables), values[: len(arrays)])
-            again, answer = _trace(self.fn, variables, inputs)
+            again, answer = _trace(self.train, variables, inputs)
             given = {
                 path: Given(values[len(arrays) + position], site.loops)
                 for (path, site), position in zip(sites.items(), positions, strict=True)
@@ -83,16 +88,33 @@ class Function(Convertible):
 
         return Serving(leaves=[*arrays, *folded], forward=forward)
 
-    def calibrated(self, variables: Any, batches: Iterable[Inputs]) -> Any:
-        """Refuses: what a function has learned stands in its variables.
+    def calibrated(self, variables: Any, batches: Iterable[Inputs]) -> "Calibrated":
+        """`variables` with the statistics of `batches`, for a function that rules quantize.
 
         Raises:
-          ConversionError: always.
+          ConversionError: it is no such function, or there is nothing to calibrate.
         """
-        raise ConversionError(
-            "a function keeps no statistics: calibrate it with what quantizes it, and give the "
-            "result as a part of its variables"
-        )
+        if not isinstance(self.fn, QuantizedFunction):
+            raise ConversionError(
+                "a function keeps no statistics unless `aqt_engine.functions.quantize` made it: "
+                "quantize it by rules, or convert without calibrating"
+            )
+        calls = (((variables,), dict(batch)) for batch in batches)
+        try:
+            return Calibrated(variables, self.fn.calibrate_calls(calls).statistics)
+        except ValueError as error:
+            raise ConversionError(str(error)) from error
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["variables", "statistics"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Calibrated:
+    """The variables of a function that rules quantize, with the statistics that it has learned."""
+
+    variables: Any
+    statistics: Any
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -187,13 +209,12 @@ class _Folder:
         return [*_refilled(_where(carry, left), final), *_refilled(right, ys)]
 
 
-def _trace(fn: Callable[..., Any], variables: Any, inputs: Inputs) -> tuple[ClosedJaxpr, Any]:
+def _trace(
+    fn: Callable[[Any, Inputs], Any], variables: Any, inputs: Inputs
+) -> tuple[ClosedJaxpr, Any]:
     """The jaxpr of `fn` over the leaves of variables, then inputs, and the tree of its answer."""
 
-    def named(variables: Any, inputs: Inputs) -> Any:
-        return fn(variables, **inputs)
-
-    traced, answer = jax.make_jaxpr(named, return_shape=True)(variables, dict(inputs))
+    traced, answer = jax.make_jaxpr(fn, return_shape=True)(variables, dict(inputs))
     return traced, jax.tree.structure(answer)
 
 

@@ -9,8 +9,8 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 from jax.extend.core import primitives as p
 
-from aqt_engine import jaxprs
-from aqt_engine.jaxprs import Path, walk
+from aqt_engine.functions import jaxprs
+from aqt_engine.functions.jaxprs import Path, walk
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
