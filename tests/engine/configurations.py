@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from hypothesis import strategies as st
 
 from aqt_engine import calibration, config, numerics, statistics
+from aqt_engine.config.contraction import LocalAqtBySize
 from aqt_engine.modes import CalibrationMode, DequantMode
 
 POSITIVE = st.floats(2**-10, 2**10)
@@ -82,7 +83,9 @@ def contractions(*, use_fwd_quant):
         rhs=tensors(use_fwd_quant=use_fwd_quant),
         dg_in_dtype=st.none() | FLOAT_DTYPE,
         dg_accumulator_dtype=st.none() | FLOAT_DTYPE,
-        local_aqt=st.none() | st.builds(config.LocalAqt, st.integers(1, 4)),
+        local_aqt=st.none()
+        | st.builds(config.LocalAqt, st.integers(1, 4))
+        | st.builds(LocalAqtBySize, st.integers(1, 4)),
     )
 
 
