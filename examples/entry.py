@@ -5,16 +5,17 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
-from aqt_engine import QuantMode
-from aqt_engine.convert import calibrate
+from aqt_engine.convert import Convertible, Signature, calibrate
+from aqt_engine.convertible import LinenModel
 
 Arrays = Mapping[str, np.ndarray]
 Forward = Callable[[Arrays], Arrays]
 """Inputs by name, each (rows, ...), to outputs by name; as a server gives them."""
+Quality = Mapping[str, float]
+"""What was measured, by the name of the measure."""
 
 CHUNK = 64
 
@@ -26,50 +27,72 @@ class Model:
     Attributes:
       name: what it is served as.
       summary: what it is, in a few words.
-      factory: "package.module:function", as `aqt convert --model` takes it.
+      factory: "package.module:name", as `aqt convert --model` takes it.
       variables: what was trained or taken, for False; for True, at once, weights of the same shapes
-        that were not trained.
-      inputs: that many rows of typical inputs, the same for the same generator.
-      metric: what `quality` measures.
+        that need not be trained.
+      inputs: that many rows of typical inputs, of the length that is given where the model has
+        lengths; the same for the same generator.
       quality: of a forward, on data that was held out of training.
       float_quality: the same of the model before quantization, or trained without.
       tile: the rows that are computed at once.
+      signature: the lengths that a request may have, and its scalars.
       calibration: inputs to learn static scales from, for a model that has them.
     """
 
     name: str
     summary: str
     factory: str
-    variables: Callable[[bool], Mapping[str, Any]]
-    inputs: Callable[[np.random.Generator, int], Arrays]
-    metric: str
-    quality: Callable[[Forward], float]
-    float_quality: Callable[[], float]
+    variables: Callable[[bool], Any]
+    inputs: Callable[[np.random.Generator, int, int], Arrays]
+    quality: Callable[[Forward], Quality]
+    float_quality: Callable[[], Quality]
     tile: int = 16
+    signature: Signature = Signature()  # noqa: RUF009 - frozen
     calibration: Callable[[], Arrays] | None = None
 
-    def module(self, quant_mode: QuantMode) -> nn.Module:
-        """What the factory gives for a mode."""
-        module, _, function = self.factory.partition(":")
-        return getattr(importlib.import_module(module), function)(quant_mode)
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The buckets of its one symbolic dimension; (0,) for a model without one."""
+        return tuple(next(iter(self.signature.lengths.values()), (0,)))
 
-    def training_forward(self, variables: Mapping[str, Any]) -> Forward:
-        """R: the model in TRAIN mode, compiled at the tile; for variables as they were trained."""
+    def convertible(self) -> Convertible:
+        """What the factory names, as a model that can be converted."""
+        module, _, name = self.factory.partition(":")
+        found = getattr(importlib.import_module(module), name)
+        return found if isinstance(found, Convertible) else LinenModel(found)
+
+    def training_forward(self, variables: Any) -> Forward:
+        """R: the model in TRAIN mode, compiled at the tile and at the request's own bucket."""
+        model = self.convertible()
         if self.calibration is not None:
-            batches = in_chunks(self.calibration(), CHUNK)
-            variables = calibrate(self.module, variables, batches)
-        return forward_of(self.module(QuantMode.TRAIN), variables, self.tile)
+            variables = calibrate(model, variables, in_chunks(self.calibration(), CHUNK))
+        at_tile = forward_of(lambda v, **inputs: model.train(v, inputs), variables, self.tile)
+        return lambda inputs: at_tile(self._padded(inputs))
+
+    def _padded(self, inputs: Arrays) -> Arrays:
+        rows = max(len(array) for array in inputs.values())
+        padded: dict[str, np.ndarray] = {}
+        for name, array in inputs.items():
+            if name in self.signature.per_request:
+                array = np.resize(array, rows)
+            for axis, dim in enumerate(self.signature.shapes.get(name, ())):
+                if dim in self.signature.lengths:
+                    size = min(s for s in self.signature.lengths[dim] if s >= array.shape[axis])
+                    width = [(0, size - n if i == axis else 0) for i, n in enumerate(array.shape)]
+                    array = np.pad(array, width)
+            padded[name] = array
+        return padded
 
 
-def forward_of(module: nn.Module, variables: Mapping[str, Any], tile: int = CHUNK) -> Forward:
-    """The module with its variables, always computed at `tile` rows."""
-    compiled = jax.jit(lambda variables, inputs: module.apply(variables, **inputs))
+def forward_of(apply: Callable[..., Any], variables: Any, tile: int = CHUNK) -> Forward:
+    """`apply` with its variables, always computed at `tile` rows."""
+    compiled = jax.jit(apply)
 
     def forward(inputs: Arrays) -> Arrays:
         rows = len(next(iter(inputs.values())))
-        padded = {k: v[np.arange(-(-rows // tile) * tile) % rows] for k, v in inputs.items()}
-        answers = [compiled(variables, chunk) for chunk in in_chunks(padded, tile)]
-        return {k: np.concatenate([np.asarray(a[k]) for a in answers])[:rows] for k in answers[0]}
+        whole = {k: v[np.arange(-(-rows // tile) * tile) % rows] for k, v in inputs.items()}
+        tiles = [compiled(variables, **chunk) for chunk in in_chunks(whole, tile)]
+        return {k: np.concatenate([np.asarray(t[k]) for t in tiles])[:rows] for k in tiles[0]}
 
     return forward
 

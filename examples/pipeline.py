@@ -50,7 +50,7 @@ def _command(name: str) -> Path:
 
 @contextlib.contextmanager
 def server(repository: Path) -> Iterator[str]:
-    """A server process of its own, on a free port; gives its address."""
+    """A server process of its own, on a free port; gives its address. A failure shows its log."""
     command = [_command("aqt"), "serve", "--model-repository", repository]
     command += ["--port", "0", "--metrics-port", "0"]
     with tempfile.TemporaryFile("w+") as log:

@@ -8,7 +8,7 @@ import concurrent.futures
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,9 @@ from aqt_engine import bundle, witness
 from examples.digits.zoo import MODELS as DIGITS
 from examples.entry import Arrays, Forward, Model
 from examples.pipeline import aqt, console, save, server, size_on_disk, wait_ready
+from examples.sentences.zoo import MODELS as SENTENCES
 
-MODELS = {model.name: model for model in (*DIGITS,)}
+MODELS = {model.name: model for model in (*DIGITS, *SENTENCES)}
 
 OUT = Path("out/zoo")
 EXAMPLE_ROWS = 32
@@ -40,8 +41,8 @@ def main() -> None:
     models = [MODELS[name] for name in names]
     references = {model.name: make(model, OUT) for model in models}
     console.rule(f"Serving to {CLIENTS} concurrent clients")
-    table = Table("model", "metric", title="The zoo", title_justify="left")
-    for column in ("float", "served", "float bytes", "served bytes", "on disk", "values", "differ"):
+    table = Table("model", "measured", title="The zoo", title_justify="left")
+    for column in ("float", "served", "float bytes", "bytes", "on disk", "compared", "differ"):
         table.add_column(column, justify="right")
     wrong = 0
     with server(OUT / "repository") as address, Client(address, timeout_s=120) as client:
@@ -51,17 +52,21 @@ def main() -> None:
             wrong += differ
             converted = OUT / "repository" / model.name / "1"
             manifest = bundle.read_manifest(converted)
-            table.add_row(
-                model.name,
-                model.metric,
-                f"{model.float_quality():.4f}",
-                f"{model.quality(served(client, model)):.4f}",
+            sizes = (
                 f"{manifest.float_nbytes:,}",
                 f"{manifest.nbytes:,}",
                 f"{size_on_disk(converted / 'weights'):,}",
-                f"{values:,}",
-                str(differ),
             )
+            quality, float_quality = model.quality(served(client, model)), model.float_quality()
+            for line, (measure, value) in enumerate(quality.items()):
+                of_model = (*sizes, f"{values:,}", str(differ)) if line == 0 else ()
+                table.add_row(
+                    model.name if line == 0 else "",
+                    measure,
+                    f"{float_quality[measure]:.4f}",
+                    f"{value:.4f}",
+                    *of_model,
+                )
     console.print(table)
     if wrong:
         sys.exit("served answers are not those of training")
@@ -75,18 +80,32 @@ def make(model: Model, out: Path, *, fast: bool = False) -> Forward:
     console.print(f"trained or taken in {time.monotonic() - started:.0f} s")
     files = out / model.name
     save(variables, files / "checkpoint")
-    np.savez(files / "example.npz", **model.inputs(np.random.default_rng(0), EXAMPLE_ROWS))
-    calibration: Sequence[str | Path] = ()
+    np.savez(files / "example.npz", **_example(model))
+    options: list[str | Path] = ["--tile", str(model.tile), *_signature(model)]
     if model.calibration is not None:
         np.savez(files / "calibration.npz", **model.calibration())
-        calibration = ("--calibration", files / "calibration.npz")
+        options += ["--calibration", files / "calibration.npz"]
     converted = out / "repository" / model.name / "1"
     aqt(
         *("convert", "--model", model.factory, "--checkpoint", files / "checkpoint"),
-        *("--example", files / "example.npz", *calibration, "--tile", str(model.tile)),
-        *("--output", converted),
+        *("--example", files / "example.npz", *options, "--output", converted),
     )
     return model.training_forward(variables)
+
+
+def _example(model: Model) -> Arrays:
+    return model.inputs(np.random.default_rng(0), EXAMPLE_ROWS, model.lengths[-1])
+
+
+def _signature(model: Model) -> Iterator[str]:
+    """The options of `aqt convert` that declare the model's signature."""
+    signature = model.signature
+    for name, shape in signature.shapes.items():
+        yield from ("--shape", f"{name}={','.join(map(str, shape))}")
+    for name, sizes in signature.lengths.items():
+        yield from ("--lengths", f"{name}={','.join(map(str, sizes))}")
+    for name in signature.per_request:
+        yield from ("--per-request", name)
 
 
 def served(client: Client, model: Model) -> Forward:
@@ -97,19 +116,23 @@ def served(client: Client, model: Model) -> Forward:
 def compare(model: Model, reference: Forward, client: Client) -> tuple[int, int]:
     """Asks from several threads in requests of random rows; counts values, and those that differ.
 
-    Each row of a pool is asked for in many requests, in different company each time.
+    Each row of a pool is asked for in many requests, in different company each time. A model with
+    lengths has a pool for each of a few, in every bucket.
     """
     rng = np.random.default_rng(1)
-    pool = model.inputs(rng, POOL_ROWS)
-    expected = reference(pool)
+    tried = {n for size in model.lengths for n in (size, size - min(3, size // 2))}
+    pools = [model.inputs(rng, POOL_ROWS, length) for length in sorted(tried)]
+    expected = [reference(pool) for pool in pools]
     picks = [rng.integers(0, POOL_ROWS, rng.integers(1, MAX_ROWS + 1)) for _ in range(REQUESTS)]
 
-    def ask(pick: np.ndarray) -> witness.Verdict:
-        found: Arrays = served(client, model)({k: v[pick] for k, v in pool.items()})
-        return witness.compare(found, {k: v[pick] for k, v in expected.items()})
+    def ask(request: tuple[int, np.ndarray]) -> witness.Verdict:
+        number, pick = request
+        pool, right = pools[number % len(pools)], expected[number % len(pools)]
+        found = served(client, model)({k: v[pick] for k, v in pool.items()})
+        return witness.compare(found, {k: v[pick] for k, v in right.items()})
 
     with concurrent.futures.ThreadPoolExecutor(CLIENTS) as threads:
-        verdicts = list(threads.map(ask, picks))
+        verdicts = list(threads.map(ask, enumerate(picks)))
     differences = [d for verdict in verdicts for d in verdict.differences]
     return sum(d.total for d in differences), sum(d.values for d in differences)
 

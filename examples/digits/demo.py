@@ -106,7 +106,7 @@ def main() -> None:
 
 def training_forward(variables, images: np.ndarray, tile: int) -> dict[str, np.ndarray]:
     """What the model answers in TRAIN mode, compiled at the tile: what has to be served."""
-    return forward_of(int8_model(QuantMode.TRAIN), variables, tile)({"image": images})
+    return forward_of(int8_model(QuantMode.TRAIN).apply, variables, tile)({"image": images})
 
 
 def _train(progress: Progress, name: str, model: Mixer, data: Digits):

@@ -11,7 +11,7 @@ import numpy as np
 from aqt_engine import QuantMode
 from examples.digits import convnet, model
 from examples.digits.train import split_digits, train
-from examples.entry import Arrays, Forward, Model, answers, forward_of
+from examples.entry import Arrays, Forward, Model, Quality, answers, forward_of
 
 EPOCHS = 12
 
@@ -24,15 +24,16 @@ _FACTORIES = {
 }
 
 
-def inputs(rng: np.random.Generator, rows: int) -> Arrays:
+def inputs(rng: np.random.Generator, rows: int, length: int) -> Arrays:
+    del length
     images = split_digits()[1].images
     return {"image": images[rng.integers(0, len(images), rows)]}
 
 
-def quality(forward: Forward) -> float:
+def quality(forward: Forward) -> Quality:
     held_out = split_digits()[1]
     found = answers(forward, {"image": held_out.images})["digit"]
-    return float((found == held_out.labels).mean())
+    return {"accuracy": float((found == held_out.labels).mean())}
 
 
 @functools.cache
@@ -46,8 +47,8 @@ def _module(name: str) -> nn.Module:
     return _FACTORIES[name](QuantMode.TRAIN)
 
 
-def _float_quality(name: str) -> float:
-    return quality(forward_of(_module(name), _trained(name, False)))
+def _float_quality(name: str) -> Quality:
+    return quality(forward_of(_module(name).apply, _trained(name, False)))
 
 
 def _model(name: str, summary: str, factory: str, float_name: str) -> Model:
@@ -57,7 +58,6 @@ def _model(name: str, summary: str, factory: str, float_name: str) -> Model:
         factory=factory,
         variables=functools.partial(_trained, name),
         inputs=inputs,
-        metric="accuracy",
         quality=quality,
         float_quality=functools.partial(_float_quality, float_name),
     )

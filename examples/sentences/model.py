@@ -5,13 +5,12 @@ The architecture is that of Devlin et al., arXiv:1810.04805, with the sizes of
 The factories below differ in what of its Dense layers is quantized after training, and how.
 """
 
-import dataclasses
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from aqt_engine import QuantMode, config
+from aqt_engine.calibration import MseCalibration
 from aqt_engine.flax import AqtDotGeneral
 from aqt_engine.statistics import MeanOfAbsMaxCalibration
 
@@ -112,7 +111,6 @@ def weight_only_int8_model(quant_mode: QuantMode) -> Encoder:
 
 
 def weight_only_int4_model(quant_mode: QuantMode) -> Encoder:
-    """Weights are stored in 4 bits, with a scale for each 32 inputs, and multiplied in float."""
-    four = config.weight_only(4)
-    groups = dataclasses.replace(four.fwd, local_aqt=config.LocalAqt(WIDTH // 32))
-    return Encoder(config=dataclasses.replace(four, fwd=groups), quant_mode=quant_mode)
+    """Weights are stored in 4 bits, clipped where that gives the least error."""
+    int4 = config.update(config.weight_only(4), "fwd.rhs", calibration=MseCalibration())
+    return Encoder(config=int4, quant_mode=quant_mode)

@@ -17,18 +17,19 @@ from examples.sentences.weights import model_file
 SHORTEST, LONGEST = 40, 160
 
 
-def sentences() -> list[str]:
-    """The prose sentences of Python's language reference, in its order, each once."""
-    found: dict[str, None] = {}
-    for topic in pydoc_data.topics.topics.values():
-        for paragraph in topic.split("\n\n"):
+@functools.cache
+def sentences() -> dict[str, str]:
+    """The prose sentences of Python's language reference, each with the topic it is from."""
+    found: dict[str, str] = {}
+    for topic, text in pydoc_data.topics.topics.items():
+        for paragraph in text.split("\n\n"):
             # What is indented or has a grammar's `::=` is code.
             if re.search(r"^\s|::=", paragraph):
                 continue
             for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(paragraph.split())):
                 if SHORTEST <= len(sentence) <= LONGEST and sentence.endswith("."):
-                    found[sentence] = None
-    return list(found)
+                    found.setdefault(sentence, topic)
+    return found
 
 
 def tokenize(texts: Sequence[str], length: int) -> dict[str, np.ndarray]:
