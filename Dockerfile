@@ -1,4 +1,4 @@
-# The serving image: `docker build -t aqt . && docker run -v ./models:/models -p 8001:8001 aqt`.
+# The serving image: `docker build -t aqt . && docker run -v ./models:/models -p 8000-8002:8000-8002 aqt`.
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
@@ -20,8 +20,9 @@ RUN useradd --system --create-home --uid 10001 aqt
 USER aqt
 ENV PATH=/opt/aqt/bin:$PATH \
     AQT_HOST=0.0.0.0 \
+    AQT_HTTP_PORT=8000 \
     AQT_MODEL_REPOSITORY=/models
 VOLUME /home/aqt/.cache
-EXPOSE 8001
+EXPOSE 8000 8001 8002
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["aqt", "serve"]

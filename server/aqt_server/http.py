@@ -15,12 +15,15 @@ import grpc
 from aiohttp import web
 
 from aqt_server.call import Call
+from aqt_server.errors import InvalidRequest
 from aqt_server.metrics import Metrics
 from aqt_server.rpc import status_of
 from aqt_server.security.authentication import Principal
 from aqt_server.security.authorization import Action, Guard
 
-_log = logging.getLogger(__name__)
+# What clients send wrong would fill the log with tracebacks; what is wrong here is logged here.
+_QUIET = logging.getLogger(f"{__name__}.protocol")
+_QUIET.setLevel(logging.CRITICAL)
 _BODY_S = 60.0
 _STATUSES = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
@@ -68,12 +71,20 @@ def _name(certificate: dict[str, Any]) -> str | None:
 
 
 async def body_of(request: web.Request) -> bytes:
-    """The body, unpacked; within the size that the application allows."""
+    """The body, unpacked; within the size that the application allows.
+
+    Raises:
+      InvalidRequest: it is not packed as its header says, or not whole.
+    """
     try:
         async with asyncio.timeout(_BODY_S):
             return await request.read()
     except TimeoutError:
         raise web.HTTPRequestTimeout from None
+    except web.RequestPayloadError as error:
+        raise InvalidRequest(
+            "the body is not whole, or not packed as its header Content-Encoding says"
+        ) from error
 
 
 def answer_in_json(document: Any, *, status: int = 200) -> web.Response:
@@ -128,6 +139,7 @@ class Port:
             handle_signals=False,
             handler_cancellation=True,
             access_log=None,
+            logger=_QUIET,
             shutdown_timeout=1,
         )
 

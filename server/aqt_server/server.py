@@ -16,7 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from aqt_protos import POOL, SERVICE_NAME
-from aqt_server import http
+from aqt_server import http, rest
 from aqt_server.logs import LogSettings
 from aqt_server.metrics import Metrics
 from aqt_server.repository import Repository
@@ -133,6 +133,10 @@ async def _open(settings: Settings, repository: Repository, checks: Any) -> _Doo
     port = _listen(server, f"{listen.host}:{listen.port}", certificates)
     told = [f"listening on {listen.host}:{port}"]
     ports: list[http.Port] = []
+    if listen.http_port >= 0:
+        ports.append(http.Port(rest.application(service, guard, settings.limits)))
+        taken = (listen.host, listen.http_port)
+        told.append(f"http on {await _listen_http(ports[-1], *taken, 'http', certificates)}")
     if listen.metrics_port >= 0:
         ports.append(http.Port(http.metrics_application(Metrics(repository), guard)))
         taken = (listen.host, listen.metrics_port)

@@ -150,6 +150,16 @@ class Listen:
     port: Annotated[
         int, Field(ge=0, le=65535, title="PORT", description="of gRPC; 0 for any free one")
     ] = 8001
+    http_port: Annotated[
+        int,
+        Field(
+            ge=-1,
+            le=65535,
+            title="PORT",
+            description="of the same protocol over HTTP; 0 for any free one, -1 for none. Triton's "
+            "is 8000; gRPC is faster",
+        ),
+    ] = -1
     metrics_port: Annotated[
         int,
         Field(
@@ -175,6 +185,14 @@ class Limits:
             "memory allows for all connections together",
         ),
     ] = 64 * MIB
+    max_json_bytes: Annotated[
+        PositiveInt,
+        Field(
+            title="BYTES",
+            description="of JSON in a request over HTTP, of which one takes some 20 bytes of "
+            "memory; tensors in binary do not count",
+        ),
+    ] = 16 * MIB
     max_tensor_bytes: Annotated[
         PositiveInt,
         Field(
