@@ -25,6 +25,7 @@ from aqt_engine.execution import Program
 from aqt_engine.functions import QuantizedFunction
 from aqt_engine.functions.folding import Function as Function
 from aqt_engine.manifest import LengthBucket
+from aqt_engine.rows import Op, first_mixing, mixing
 from aqt_engine.signature import Signature as Signature
 
 DEFAULT_TILE = 16
@@ -61,7 +62,8 @@ def convert(
     Raises:
       ConversionError: the example has no rows or unequal ones, or does not fit the signature; an
         output is no array with the rows of its inputs; nothing is quantized; or answers are not
-        exact: they differ from training or depend on the other rows of a batch.
+        exact: an operation mixes the rows of a batch, or the proof finds that they differ from
+        training or depend on other rows. The operation is named as far as it can be found.
       FileExistsError: `path` exists.
     """
     if isinstance(tile, int) and tile < 2:
@@ -82,12 +84,14 @@ def convert(
         tile = tiles.cheapest(costs)
 
     on_stage("Running the training forward for the witness")
-    train = jax.jit(graphs.named(model.train))
+    forward = graphs.named(model.train)
+    train = jax.jit(forward)
     rows = {bucket: signature.witness(inputs, bucket, tile) for bucket in signature.buckets}
 
     def structs(bucket: LengthBucket) -> dict[str, jax.ShapeDtypeStruct]:
         return {s.name: s.with_rows(tile, signature.sizes(bucket)) for s in specs}
 
+    _refuse_mixing(forward, variables, structs(signature.buckets[0]))
     outputs = signature.output_specs(lambda b: jax.eval_shape(train, variables, structs(b)))
     witnesses = {
         bucket: bundle.Witness(inputs=of, outputs=_tile_by_tile(train, variables, of, tile))
@@ -105,10 +109,10 @@ def convert(
             program, written.manifest, written.witnesses, rows=most
         ):
             if not verdict.exact:
+                tried = {k: a[:tile] for k, a in rows[signature.buckets[0]].items()}
                 raise ConversionError(
                     f"the converted model cannot be served exactly; {trial}, it is {verdict}. "
-                    f"Does a row depend on the others (batch normalization in training mode, a "
-                    f"mean over the batch), or does the model draw random numbers?"
+                    f"{_suspect(first_mixing(forward, variables, tried))}"
                 )
 
     return bundle.write(
@@ -151,6 +155,31 @@ def _convertible(model: ModelFactory | Convertible | QuantizedFunction) -> Conve
     if isinstance(model, QuantizedFunction):
         return Function(model)
     return model if isinstance(model, Convertible) else LinenModel(model)
+
+
+def _refuse_mixing(
+    forward: graphs.NamedForward, variables: Any, inputs: Mapping[str, jax.ShapeDtypeStruct]
+) -> None:
+    found = mixing(forward, variables, inputs)
+    if found:
+        raise ConversionError(
+            f"the model cannot be served exactly, as an answer would depend on what else is in its "
+            f"batch: {'; '.join(map(str, found))}. Let each row be computed by itself: batch "
+            f"normalization with running averages, no dropout, no sum or scale over the batch"
+        )
+
+
+def _suspect(op: Op | None) -> str:
+    if op is None:
+        return (
+            "No operation, computed alone, makes a row depend on the others: it is what the "
+            "compiler makes of them together, or training and serving differ; `aqt verify "
+            "--against` compares the two"
+        )
+    return (
+        f"The first operation whose result for a row depends on the other rows, or on where the "
+        f"row lies, is {op}"
+    )
 
 
 def _tile_by_tile(

@@ -148,8 +148,21 @@ def test_inference_mode_batch_norm_converts_and_training_mode_is_refused(tmp_pat
         return Mixing()
 
     variables = init(batch_mean, {"x": X})
-    with pytest.raises(ConversionError, match=r"cannot be served exactly.*depend on the others"):
+    with pytest.raises(ConversionError, match=r"`reduce_sum` in Mixing \(.*reduces over the rows"):
         convert(batch_mean, variables, {"x": X}, tmp_path / "m" / "2")
+
+    def neighborly(mode):
+        class Neighborly(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                y = dense(4, mode)(x)
+                return y * jnp.roll(y, 1, axis=0)
+
+        return Neighborly()
+
+    named = r"not exact.*depends on the other rows.*is `concatenate` in Neighborly.*test_convert.py"
+    with pytest.raises(ConversionError, match=named):
+        convert(neighborly, variables, {"x": X}, tmp_path / "m" / "2")
     assert [p.name for p in (tmp_path / "m").iterdir()] == ["1"]
 
 

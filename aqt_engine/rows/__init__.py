@@ -1,0 +1,12 @@
+"""Which operations of a model mix the rows of a batch, so that it cannot be served exactly.
+
+`mixing` says so from the program alone, where that is sure. `first_mixing` finds by trial which
+operation it is where it is not.
+"""
+
+from aqt_engine.rows.analysis import Mixing as Mixing
+from aqt_engine.rows.analysis import mixing as mixing
+from aqt_engine.rows.states import Op as Op
+from aqt_engine.rows.trial import first_mixing as first_mixing
+
+__all__ = ["Mixing", "Op", "first_mixing", "mixing"]
