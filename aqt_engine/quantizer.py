@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +92,13 @@ class Quantizer:
         gradient = Partial(_straight_through, numerics.gradient_mask(scaled))
         return QTensor(qvalue, scale.scale, x.dtype, scale.bias), gradient
 
+    def fake_quant(
+        self, x: jax.Array, calibration_axes: int | Sequence[int] | None = None
+    ) -> jax.Array:
+        """`x` quantized and returned to its dtype; the gradient passes straight through."""
+        q, gradient = self.quant(x, calibration_axes)
+        return _with_gradient(x, lax.stop_gradient(q.dequant()), gradient)
+
     def _numerics(self) -> Numerics:
         if isinstance(self.numerics, NoNumerics):
             raise ValueError("NoNumerics leaves a tensor in float and gives it no scale")
@@ -119,3 +126,20 @@ def shared_axes(own: SharedAxes, calibration_axes: int | Sequence[int] | None, n
 
 def _straight_through(mask: jax.Array | None, cotangent: jax.Array) -> jax.Array:
     return cotangent if mask is None else jnp.where(mask, cotangent, 0)
+
+
+@jax.custom_vjp
+def _with_gradient(x: jax.Array, value: jax.Array, gradient: Gradient) -> jax.Array:
+    """`value`, whose cotangent goes to `x` by way of `gradient`."""
+    return value
+
+
+def _with_gradient_fwd(x: jax.Array, value: jax.Array, gradient: Gradient) -> Any:
+    return value, gradient
+
+
+def _with_gradient_bwd(gradient: Gradient, cotangent: jax.Array) -> Any:
+    return gradient(cotangent), None, None
+
+
+_with_gradient.defvjp(_with_gradient_fwd, _with_gradient_bwd)

@@ -1,5 +1,11 @@
 """What is quantized, and how: frozen configurations, and the presets that make them."""
 
+from aqt_engine.config.changes import with_absmax_calib_scale as with_absmax_calib_scale
+from aqt_engine.config.changes import with_bits as with_bits
+from aqt_engine.config.changes import (
+    with_int_numerics_preserve_zero as with_int_numerics_preserve_zero,
+)
+from aqt_engine.config.changes import with_stochastic_rounding as with_stochastic_rounding
 from aqt_engine.config.contraction import DotGeneral as DotGeneral
 from aqt_engine.config.contraction import DotGeneralRaw as DotGeneralRaw
 from aqt_engine.config.contraction import LocalAqt as LocalAqt
@@ -34,4 +40,8 @@ __all__ = [
     "raw",
     "update",
     "weight_only",
+    "with_absmax_calib_scale",
+    "with_bits",
+    "with_int_numerics_preserve_zero",
+    "with_stochastic_rounding",
 ]
