@@ -19,7 +19,7 @@ from aqt_engine.modes import CalibrationMode, DequantMode
 from aqt_engine.numerics import IntNumerics, NoNumerics, Numerics
 from aqt_engine.ops.axes import Axes, DimensionNumbers
 from aqt_engine.ops.dot_general import dot_general
-from aqt_engine.ops.operand import Operand
+from aqt_engine.ops.operand import Operand, require_no_out_sharding
 from aqt_engine.qtensor import Scale
 from aqt_engine.quantizer import Quantizer, SharedAxes
 
@@ -279,11 +279,13 @@ class DotGeneral:
         precision: jax.lax.PrecisionLike = None,
         preferred_element_type: DTypeLike | None = None,
         *,
+        out_sharding: None = None,
         context: Context = Context(),
         lhs_scale: Scale | None = None,
         rhs_scale: Scale | None = None,
     ) -> jax.Array:
         """`aqt_engine.ops.dot_general` with this configuration; a drop-in for `jax.lax`'s."""
+        require_no_out_sharding(out_sharding)
         return dot_general(
             lhs,
             rhs,

@@ -24,8 +24,8 @@ from aqt_engine.functions import sites
 from aqt_engine.functions.jaxprs import Path
 from aqt_engine.functions.rewriting import Quantized, Rewriting, SiteStatistics, Turn
 from aqt_engine.functions.sites import Site
-from aqt_engine.functions.static import StaticSide
 from aqt_engine.rules import Report, Rules
+from aqt_engine.static import StaticSide
 
 
 def quantize(fn: Callable[..., Any], rules: Rules) -> "QuantizedFunction":

@@ -17,8 +17,8 @@ from aqt_engine.context import Context
 from aqt_engine.functions import jaxprs
 from aqt_engine.functions.jaxprs import Path, walk
 from aqt_engine.functions.sites import Site
-from aqt_engine.functions.static import StaticSide
 from aqt_engine.qtensor import Scale
+from aqt_engine.static import StaticSide
 from aqt_engine.statistics import Statistics
 
 SiteStatistics = Mapping[str, Mapping[str, Statistics]]

@@ -46,6 +46,19 @@ def require_float(lhs: Operand, rhs: Operand) -> None:
             )
 
 
+def require_no_out_sharding(out_sharding: None) -> None:
+    """Refuses an `out_sharding`, which layers pass on whether they were given one or not.
+
+    Raises:
+      ValueError: it is not None.
+    """
+    if out_sharding is not None:
+        raise ValueError(
+            f"a quantized op has no `out_sharding`, got {out_sharding}: apply "
+            f"`jax.lax.with_sharding_constraint` to what it returns"
+        )
+
+
 def require_shared(side: str, scale: jax.Array, contracting: Axes) -> None:
     """Refuses a scale that varies along contracted axes.
 

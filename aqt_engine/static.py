@@ -60,9 +60,17 @@ class StaticSide:
         return self.calibration.update(statistics, jax.lax.stop_gradient(x), self.shared)
 
     def scale(self, statistics: Statistics, x: jax.Array) -> Scale:
-        """The scale for `x`, which lends its shape and dtype alone."""
-        assert not isinstance(self.tensor.numerics, NoNumerics)
+        """The scale that they give, of which `x` lends its shape and dtype alone."""
         bound = self.calibration.learned(statistics).astype(x.dtype)
-        bound = jnp.where(bound == 0, jnp.ones_like(bound), bound)
+        return self._scale(jnp.where(bound == 0, jnp.ones_like(bound), bound), x)
+
+    def current(self, statistics: Statistics, x: jax.Array) -> Scale:
+        """The same, or the scale of `x` itself where nothing was observed yet."""
+        assert not isinstance(self.tensor.numerics, NoNumerics)
+        return self._scale(
+            self.calibration.current_bound(statistics, x, self.shared, self.tensor.numerics), x
+        )
+
+    def _scale(self, bound: jax.Array, x: jax.Array) -> Scale:
         known = dataclasses.replace(self.tensor.quantizer(None), calibration=KnownBound(bound))
         return known.calibrate(x, calibration_axes=self.shared)

@@ -1,0 +1,108 @@
+"""An nnx model as what can be converted."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from aqt_engine.convertible import ConversionError, Convertible, Inputs, Serving
+from aqt_engine.flax.nnx.ops import AqtStatistic
+from aqt_engine.functions.folding import Function
+from aqt_engine.modes import QuantMode
+
+
+def split(model: nnx.Module) -> "tuple[NnxModel, dict[str, Any]]":
+    """`model` in evaluation (`eval()`) as what `convert` takes, and its variables: nested dicts.
+
+        graph, variables = split(model)
+        convert(graph, variables, {"x": x}, "models/mine/1")
+
+    Random streams stay in the graph. The model itself is not changed.
+    """
+    model = nnx.clone(model)
+    model.eval()
+    graph, streams, state = nnx.split(model, nnx.RngState, ...)
+    return NnxModel(graph, streams, state), nnx.to_pure_dict(state)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NnxModel(Convertible):
+    """An nnx model without its variables. Made by `split`; `merge` is the inverse."""
+
+    graph: Any
+    streams: Any
+    state: Any
+
+    def merge(self, variables: Mapping[str, Any]) -> nnx.Module:
+        """The model with `variables`."""
+        streams, state = fresh(self.streams), fresh(self.state)
+        nnx.replace_by_pure_dict(state, _by_number(dict(variables)))
+        return nnx.merge(self.graph, streams, state)
+
+    def train(self, variables: Any, inputs: Inputs) -> Any:
+        """The model's answer, as in training without updates."""
+        return self._in_mode(QuantMode.TRAIN, variables)(**inputs)
+
+    def serving(self, variables: Any, inputs: Inputs) -> Serving:
+        """The model with everything folded that its variables alone decide.
+
+        Raises:
+          ConversionError: that is nothing, or the model has static scales and was not calibrated.
+        """
+        counts = (v for place, v in self._statistics(variables).items() if place[-1] == "count")
+        if any((np.asarray(count) == 0).any() for count in counts):
+            raise ConversionError(
+                "the model quantizes with learned statistics, and was never calibrated: run "
+                "`convert.calibrate` on typical data first"
+            )
+
+        def serve(variables: Any, **inputs: Any) -> Any:
+            return self._in_mode(QuantMode.SERVE, variables)(**inputs)
+
+        return Function(serve).serving(variables, inputs)
+
+    def calibrated(self, variables: Any, batches: Iterable[Inputs]) -> Any:
+        """`variables` with the statistics of `batches`."""
+        if not self._statistics(variables):
+            raise ConversionError(
+                "the model keeps no statistics: quantize it by a rule whose calibration does, such "
+                "as MeanOfAbsMaxCalibration, and call it once on an example before `split`"
+            )
+
+        @jax.jit
+        def observe(variables: Any, inputs: Inputs) -> Any:
+            model = self._in_mode(QuantMode.CALIBRATE, variables)
+            model(**inputs)
+            _, _, state = nnx.split(model, nnx.RngState, ...)
+            return nnx.to_pure_dict(state)
+
+        for batch in batches:
+            variables = observe(variables, dict(batch))
+        return variables
+
+    def _in_mode(self, mode: QuantMode, variables: Any) -> Any:
+        model = self.merge(variables)
+        model.set_attributes(quant_mode=mode, raise_if_not_found=False)
+        return model
+
+    def _statistics(self, variables: Any) -> dict[tuple[Any, ...], Any]:
+        places = dict(nnx.to_flat_state(self.state))
+        flat = {tuple(k.key for k in p): v for p, v in jax.tree.leaves_with_path(variables)}
+        return {p: v for p, v in flat.items() if isinstance(places.get(p), AqtStatistic)}
+
+
+def fresh(state: Any) -> Any:
+    """The same in variables of its own, which a trace can change."""
+    leaves, tree = jax.tree.flatten(state)
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _by_number(variables: dict[str, Any]) -> dict[Any, Any]:
+    """The same with the numbers of lists as integers, which a checkpoint keeps as text."""
+    return {
+        int(k) if str(k).isdecimal() else k: _by_number(v) if isinstance(v, dict) else v
+        for k, v in variables.items()
+    }
