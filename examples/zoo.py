@@ -18,10 +18,11 @@ from aqt_client import Client
 from aqt_engine import bundle, witness
 from examples.digits.zoo import MODELS as DIGITS
 from examples.entry import Arrays, Forward, Model
+from examples.language.zoo import MODELS as LANGUAGE
 from examples.pipeline import aqt, console, save, server, size_on_disk, wait_ready
 from examples.sentences.zoo import MODELS as SENTENCES
 
-MODELS = {model.name: model for model in (*DIGITS, *SENTENCES)}
+MODELS = {model.name: model for model in (*DIGITS, *SENTENCES, *LANGUAGE)}
 
 OUT = Path("out/zoo")
 EXAMPLE_ROWS = 32
