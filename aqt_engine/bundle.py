@@ -43,6 +43,7 @@ from aqt_engine.manifest import Role as Role
 from aqt_engine.manifest import TensorSpec as TensorSpec
 from aqt_engine.manifest import TileCost as TileCost
 from aqt_engine.manifest import WeightSpec as WeightSpec
+from aqt_engine.provenance import Provenance, Quantized
 
 FORMAT_VERSION = 2
 _WEIGHTS = "weights"
@@ -50,7 +51,13 @@ _WITNESS = "witness"
 
 _BATCHED = ".batched"
 _NONE: Mapping[Any, Any] = {}
-_ADDED_IN_2: Mapping[str, Any] = {"lengths": {}, "pads": {}, "per_request": [], "tile_costs": {}}
+_ADDED_IN_2: Mapping[str, Any] = {
+    "lengths": {},
+    "pads": {},
+    "per_request": [],
+    "tile_costs": {},
+    "provenance": dataclasses.asdict(Provenance.of({})),
+}
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -108,6 +115,7 @@ def write(
     pads: Mapping[str, float] = _NONE,
     per_request: tuple[str, ...] = (),
     tile_costs: Mapping[int, TileCost] = _NONE,
+    quantized: Mapping[str, Quantized] = _NONE,
     check: Callable[[Bundle], None] = lambda written: None,
 ) -> Manifest:
     """Writes a bundle at `path`, whole or not at all, and returns its manifest.
@@ -115,8 +123,9 @@ def write(
     `graph` takes the flat list of `weights`, in their order, then the flat list of inputs, each of
     `tile` rows, and returns the flat list of outputs; graphs in `batched` do so with any number of
     rows. With `lengths`, the sizes of each symbolic dimension, `graph` and `witness` are one for
-    each length bucket. `check` is given the bundle as a reader will load it, before it becomes
-    visible; what it raises leaves nothing behind.
+    each length bucket. `quantized` says by which configuration tensors of the weights were made, by
+    the names of their parts without `/qvalue` or `/scale`. `check` is given the bundle as a reader
+    will load it, before it becomes visible; what it raises leaves nothing behind.
 
     Raises:
       FileExistsError: something already stands at `path`; a version is never overwritten.
@@ -161,6 +170,7 @@ def write(
                 WeightSpec(name=k, dtype=v.dtype.name, shape=v.shape, role=roles[k])
                 for k, v in weights.items()
             ),
+            provenance=Provenance.of(quantized),
             float_nbytes=float_nbytes,
             platforms=tuple(next(iter(graphs.values())).platforms),
             tools=tools,

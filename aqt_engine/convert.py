@@ -10,7 +10,7 @@ and so never reaches a server.
 
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,11 +20,12 @@ import numpy as np
 from aqt_engine import bundle, graphs, proof, tiles
 from aqt_engine.bundle import Arrays, Bundle
 from aqt_engine.convertible import ConversionError as ConversionError
-from aqt_engine.convertible import Convertible, LinenModel, ModelFactory
+from aqt_engine.convertible import Convertible, Leaf, LinenModel, ModelFactory
 from aqt_engine.execution import Program
 from aqt_engine.functions import QuantizedFunction
 from aqt_engine.functions.folding import Function as Function
 from aqt_engine.manifest import LengthBucket
+from aqt_engine.provenance import Quantized
 from aqt_engine.rows import Op, first_mixing, mixing
 from aqt_engine.signature import Signature as Signature
 
@@ -126,6 +127,7 @@ def convert(
         per_request=tuple(signature.per_request),
         tile=tile,
         tile_costs=costs,
+        quantized=_of_weights(serving.quantized, made.weights),
         weights={leaf.name: np.asarray(leaf.value) for leaf in made.weights},
         roles={leaf.name: leaf.role for leaf in made.weights},
         float_nbytes=sum(leaf.nbytes for leaf in jax.tree.leaves(variables)),
@@ -149,6 +151,14 @@ def calibrate(
       ConversionError: the model keeps no statistics, so that there is nothing to calibrate.
     """
     return _convertible(model).calibrated(variables, map(_PLAIN.canonical, batches))
+
+
+def _of_weights(
+    quantized: Mapping[str, Quantized], weights: Sequence[Leaf]
+) -> dict[str, Quantized]:
+    """Of tensors that a weight is a part of: others are stored and not served."""
+    tensors = {leaf.name.rpartition("/")[0] for leaf in weights if leaf.role != "float"}
+    return {name: by for name, by in quantized.items() if name in tensors}
 
 
 def _convertible(model: ModelFactory | Convertible | QuantizedFunction) -> Convertible:

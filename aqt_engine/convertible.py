@@ -10,10 +10,12 @@ from typing import Any, cast
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.core import DenyList
 
 from aqt_engine.manifest import Role
 from aqt_engine.modes import QuantMode
+from aqt_engine.provenance import Quantized
 from aqt_engine.qtensor import QTensor, Scale
 
 STATISTICS = "aqt_statistics"
@@ -40,11 +42,13 @@ class Serving:
     """What serves: `forward` of the values of `leaves`, in their order, and of inputs by name.
 
     `forward` may leave leaves unread; those do not go into the bundle. It can be traced for any
-    number of rows.
+    number of rows. `quantized` says which configuration quantized a tensor, by the name of its
+    leaves without the part, as far as the model knows.
     """
 
     leaves: Sequence[Leaf]
     forward: Callable[[Sequence[jax.Array], Inputs], Any]
+    quantized: Mapping[str, Quantized] = dataclasses.field(default_factory=dict[str, Quantized])
 
 
 def leaves_of(variables: Any) -> list[Leaf]:
@@ -110,14 +114,15 @@ class LinenModel(Convertible):
 
     def serving(self, variables: Any, inputs: Inputs) -> Serving:
         """The module in SERVE, with the collections that CONVERT fills beside `variables`."""
-        everything = {**variables, **self._stored(variables, inputs)}
+        stored, quantized = self._stored(variables, inputs)
+        everything = {**variables, **stored}
         module = self.factory(QuantMode.SERVE)
         tree = jax.tree.structure(everything)
 
         def forward(values: Sequence[jax.Array], inputs: Inputs) -> Any:
             return module.apply(jax.tree.unflatten(tree, values), inputs, method=_call)
 
-        return Serving(leaves=leaves_of(everything), forward=forward)
+        return Serving(leaves=leaves_of(everything), forward=forward, quantized=quantized)
 
     def calibrated(self, variables: Any, batches: Iterable[Inputs]) -> Any:
         """`variables` with the collection `aqt_statistics` as CALIBRATE leaves it."""
@@ -140,16 +145,30 @@ class LinenModel(Convertible):
             calibrated[STATISTICS] = found[STATISTICS]
         return calibrated
 
-    def _stored(self, variables: Mapping[str, Any], inputs: Inputs) -> Mapping[str, Any]:
-        fresh = DenyList(tuple(variables))
+    def _stored(
+        self, variables: Mapping[str, Any], inputs: Inputs
+    ) -> tuple[Mapping[str, Any], Mapping[str, Quantized]]:
+        """The collections that CONVERT fills, and by which configurations."""
+        given = {name: c for name, c in variables.items() if _holds_stored(c)}
+        plain = {name: c for name, c in variables.items() if name not in given}
+        fresh = DenyList(tuple(plain))
         module = self.factory(QuantMode.CONVERT)
+        quantized: dict[str, Quantized] = {}
+
+        def watch(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            if context.method_name == "store":
+                name, by = context.module.stored_by(args[0])
+                quantized[name] = by
+            return next_method(*args, **kwargs)
 
         # Compiled, as training is: a search for the best scale depends on the order of its sums.
         @jax.jit
         def run(variables: Mapping[str, Any], inputs: Inputs) -> Mapping[str, Any]:
-            return _changed(module, variables, inputs, fresh)
+            with nn.intercept_methods(watch):
+                return _changed(module, variables, inputs, fresh)
 
-        stored = run(variables, dict(inputs))
+        stored = run(plain, dict(inputs))
+        _require_same(given, stored)
         counts = [
             leaf
             for path, leaf in jax.tree_util.tree_flatten_with_path(variables.get(STATISTICS, {}))[0]
@@ -166,7 +185,7 @@ class LinenModel(Convertible):
                 "factory is given to each AqtDotGeneral or AqtEinsum, as `rhs_quant_mode` where "
                 "the weight is on the right and `lhs_quant_mode` where it is on the left"
             )
-        return dict(stored)
+        return dict(stored), quantized
 
 
 def _call(module: nn.Module, inputs: Inputs) -> Any:
@@ -179,6 +198,31 @@ def _changed(
     """The collections that a run of `module` changed or made."""
     run = module.apply(variables, inputs, method=_call, mutable=mutable)
     return cast(tuple[Any, Mapping[str, Any]], run)[1]
+
+
+def _holds_stored(collection: Any) -> bool:
+    return any(map(_is_stored, jax.tree.leaves(collection, is_leaf=_is_stored)))
+
+
+def _require_same(given: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Refuses weights that were stored before and are not what the model stores now."""
+    before, now = (
+        {leaf.name: leaf.value for leaf in leaves_of({name: tree.get(name, {}) for name in given})}
+        for tree in (given, stored)
+    )
+    wrong = [name for name in sorted(before.keys() | now.keys()) if not _equal(name, before, now)]
+    if wrong:
+        raise ConversionError(
+            f"the variables hold stored weights that this model does not make of their parameters "
+            f"({', '.join(wrong[:3])}{' and others' if wrong[3:] else ''}): they were made with "
+            f"another configuration, or of other parameters; give the variables without them"
+        )
+
+
+def _equal(name: str, before: Mapping[str, jax.Array], now: Mapping[str, jax.Array]) -> bool:
+    if name not in before or name not in now or before[name].dtype != now[name].dtype:
+        return False
+    return bool(jnp.array_equal(before[name], now[name]))
 
 
 def _is_qtensor(leaf: Any) -> bool:

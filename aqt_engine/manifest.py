@@ -15,6 +15,8 @@ import numpy as np
 import pydantic
 from pydantic import AfterValidator, ConfigDict, Field
 
+from aqt_engine.provenance import Provenance
+
 BATCH = "batch"
 """The symbolic dimension that counts rows."""
 
@@ -146,7 +148,8 @@ class Manifest:
     for all rows of a request. `tile` is the number of rows at which the graphs compute;
     `tile_costs` is what each was measured to cost where it was chosen, and empty if it was given.
     `weights` stand in the order of the graphs' arguments; `inputs` follow them. `float_nbytes` is
-    the size of the weights before conversion.
+    the size of the weights before conversion. `provenance` has the configurations that the weights
+    were quantized by.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -159,6 +162,7 @@ class Manifest:
     tile: _Size
     tile_costs: Mapping[str, TileCost]
     weights: tuple[WeightSpec, ...]
+    provenance: Provenance
     float_nbytes: _Size
     platforms: tuple[str, ...]
     tools: Mapping[str, str]
@@ -199,6 +203,10 @@ def _consistent(manifest: Manifest) -> Manifest:
         raise ValueError("an input in `per_request` is not there, or has more axes than the rows")
     if not set(manifest.pads) <= {spec.name for spec in manifest.inputs}:
         raise ValueError("an input in `pads` is not there")
+    manifest.provenance.check()
+    tensors = {w.name.rpartition("/")[0] for w in manifest.weights if w.role != "float"}
+    if not set(manifest.provenance.tensors) <= tensors:
+        raise ValueError("a tensor in `provenance` is not among the weights")
     return manifest
 
 

@@ -32,6 +32,7 @@ from aqt_engine.ops.einsum import contract, plan
 from aqt_engine.ops.operand import Operand
 from aqt_engine.ops.tiled import tiled_dot_general
 from aqt_engine.ops.tiling import Tiling
+from aqt_engine.provenance import Quantized
 from aqt_engine.qtensor import QTensor, Scale
 from aqt_engine.quantizer import shared_axes
 from aqt_engine.statistics import KnownBound, Statistics, StatisticsCalibration
@@ -154,14 +155,20 @@ class AqtDotGeneral(nn.Module):
             return operand, None
         if mode is QuantMode.CONVERT:
             stored = quantize()
-            self._store(name, stored)
+            self.store(name, stored)
             return stored, None
         stored = self._stored(name, quantize)
-        expected = jax.eval_shape(quantize).shape
-        if stored.shape != expected:
+        expected = jax.eval_shape(quantize)
+        if stored.shape != expected.shape:
             raise ValueError(
                 f"{'/'.join((*self.path, name))} was stored with shape {stored.shape} and is used "
-                f"where the model has {expected}: convert again with this model"
+                f"where the model has {expected.shape}: convert again with this model"
+            )
+        if _described(stored) != _described(expected):
+            raise ValueError(
+                f"{'/'.join((*self.path, name))} was stored as {_described(stored)}, and the "
+                f"model's configuration gives {_described(expected)}: serve with the one that it "
+                f"was converted with"
             )
         return stored, None
 
@@ -221,10 +228,11 @@ class AqtDotGeneral(nn.Module):
                     f"{'/'.join((*self.path, name))} was never calibrated: run the model on "
                     f"typical data in QuantMode.CALIBRATE before it is converted"
                 )
-            self._store(name, scale)
+            self.store(name, scale)
         return scale
 
-    def _store(self, name: str, value: QTensor | Scale) -> None:
+    def store(self, name: str, value: QTensor | Scale) -> None:
+        """Keeps what CONVERT made. An interceptor of linen methods sees what is stored by it."""
         if not self.is_mutable_collection(self.quant_collection):
             raise ValueError(
                 f"{'/'.join(self.path)} is in QuantMode.CONVERT and cannot store {name!r}: apply "
@@ -232,6 +240,14 @@ class AqtDotGeneral(nn.Module):
                 f"the `variable_axes` of an nn.scan or nn.vmap around the layer"
             )
         self.variable(self.quant_collection, name, lambda: value).value = value
+
+    def stored_by(self, name: str) -> tuple[str, Quantized]:
+        """The path of what is stored under `name`, and how it was quantized."""
+        config = self.configuration()
+        assert config is not None
+        left = name == self.lhs_var_name or name.startswith(f"{self.lhs_var_name}_")
+        path = "/".join((self.quant_collection, *self.path, name))
+        return path, Quantized("lhs" if left else "rhs", config)
 
     def _stored(self, name: str, otherwise: Callable[[], Any]) -> Any:
         """What CONVERT stored under `name`; while initializing, a fresh one of `otherwise`."""
@@ -242,6 +258,13 @@ class AqtDotGeneral(nn.Module):
                 f"QuantMode.CONVERT and serve with the variables that gives"
             )
         return self.variable(self.quant_collection, name, otherwise).value
+
+
+def _described(q: Any) -> str:
+    parts = {"values": q.qvalue, "scale": q.scale, "bias": q.bias}
+    return ", ".join(
+        f"{name} {x.dtype}{list(x.shape)}" for name, x in parts.items() if x is not None
+    )
 
 
 class _Calls:

@@ -31,11 +31,13 @@ def inspect(
 def _layers(manifest: "Manifest") -> list[dict[str, Any]]:
     """One entry for each quantized or float weight; a scale stands with its values."""
     scales = {w.name.removesuffix("/scale"): w for w in manifest.weights if w.role == "scale"}
+    values = {w.name.removesuffix("/qvalue") for w in manifest.weights if w.role == "qvalue"}
     layers: list[dict[str, Any]] = []
     for weight in manifest.weights:
-        if weight.role == "scale":
+        if weight.role == "scale" and weight.name.removesuffix("/scale") in values:
             continue
         layer = weight.name.removesuffix("/qvalue") if weight.role == "qvalue" else weight.name
+        tensor = weight.name.rpartition("/")[0] if weight.role != "float" else weight.name
         scale = scales.get(layer) if weight.role == "qvalue" else None
         layers.append(
             {
@@ -46,9 +48,28 @@ def _layers(manifest: "Manifest") -> list[dict[str, Any]]:
                 "scale_shape": None if scale is None else list(scale.shape),
                 "bytes": weight.nbytes + (0 if scale is None else scale.nbytes),
                 "quantized": weight.role == "qvalue",
+                "quantized_by": _quantized_by(manifest, tensor),
             }
         )
     return layers
+
+
+def _quantized_by(manifest: "Manifest", tensor: str) -> dict[str, Any] | None:
+    by = manifest.provenance.quantized(tensor)
+    if by is None:
+        return None
+    return {
+        "side": by.side,
+        "numerics": _named(by.tensor.numerics),
+        "calibration": type(by.tensor.calibration).__name__,
+        "configuration": manifest.provenance.tensors[tensor].configuration,
+    }
+
+
+def _named(numerics: Any) -> str:
+    bits = getattr(numerics, "bits", None)
+    name = type(numerics).__name__
+    return name if bits is None else f"{name}, {bits} bits"
 
 
 def _document(bundle: Path, manifest: "Manifest") -> dict[str, Any]:
@@ -64,6 +85,8 @@ def _document(bundle: Path, manifest: "Manifest") -> dict[str, Any]:
         "platforms": list(manifest.platforms),
         "tools": dict(manifest.tools),
         "layers": _layers(manifest),
+        "configurations": dict(manifest.provenance.configurations),
+        "fingerprint": manifest.provenance.fingerprint,
         "float_bytes": manifest.float_nbytes,
         "bundle_bytes": manifest.nbytes,
         "files": {name: file.nbytes for name, file in manifest.files.items()},
@@ -91,7 +114,10 @@ def _print(bundle: Path, manifest: "Manifest") -> None:
     table.add_column("layer", overflow="fold")
     for column in ("dtype", "bits", "shape", "scales", "bytes"):
         table.add_column(column, justify="right")
+    for column in ("numerics", "calibration"):
+        table.add_column(column)
     for layer in _layers(manifest):
+        by = layer["quantized_by"]
         table.add_row(
             layer["layer"],
             layer["dtype"],
@@ -99,9 +125,16 @@ def _print(bundle: Path, manifest: "Manifest") -> None:
             "x".join(map(str, layer["shape"])) or "scalar",
             "" if layer["scale_shape"] is None else "x".join(map(str, layer["scale_shape"])),
             f"{layer['bytes']:,}",
+            by["numerics"] if by else "",
+            by["calibration"] if by else "",
             style="" if layer["quantized"] else "dim",
         )
     console.print(table)
+    count = len(manifest.provenance.configurations)
+    console.print(
+        f"quantized by {count} configuration{'s' if count != 1 else ''}, together "
+        f"{manifest.provenance.fingerprint[:16]}; --json has them whole"
+    )
     console.print(
         f"{manifest.float_nbytes:,} bytes of float weights became {manifest.nbytes:,}; "
         f"tile of {manifest.tile} rows; for {', '.join(manifest.platforms)}; written with "
