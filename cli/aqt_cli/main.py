@@ -8,6 +8,7 @@ from aqt_cli.predict import predict
 from aqt_cli.report import report
 from aqt_cli.serve import CONTEXT as SERVE_CONTEXT
 from aqt_cli.serve import serve
+from aqt_cli.top import top
 from aqt_cli.verify import verify
 
 app = typer.Typer(
@@ -16,6 +17,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (convert, inspect, verify, report, predict):
+for command in (convert, inspect, verify, report, predict, top):
     app.command()(command)
 app.command(context_settings=SERVE_CONTEXT)(serve)

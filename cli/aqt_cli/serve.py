@@ -21,11 +21,10 @@ def serve(context: typer.Context) -> None:
         typer.echo(str(found), nl=False)
         return
 
+    from aqt_server import records
     from aqt_server.server import StartError, run
 
-    # By force, as what was just imported has put a handler of its own in place.
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
-    logging.getLogger("aqt_server").setLevel(logging.INFO)
+    records.use(found.settings.observe.log_format)
     for variable in configuration.unknown_variables(os.environ):
         logging.getLogger("aqt_server").warning("%s is no setting and is ignored", variable)
     with as_sentence(StartError):

@@ -12,6 +12,7 @@ from aqt_server.security.authentication import Principal
 from aqt_server.security.authorization import Action, Guard
 from aqt_server.settings import Limits
 from aqt_server.shared_memory import Regions
+from aqt_server.spans import Spans
 from aqt_server.tracing import Tracer
 
 _NO_CUDA = (
@@ -31,6 +32,7 @@ class Administration:
         tracer: Tracer,
         logs: LogSettings,
         limits: Limits,
+        spans: Spans,
     ):
         self._repository = repository
         self._guard = guard
@@ -40,6 +42,9 @@ class Administration:
         )
         self._tracer = tracer
         self._logs = logs
+        self._spans = spans
+        self.calls = collections.Counter[tuple[str, str]]()
+        """Calls by RPC and status."""
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, call: Call):
         """How a version is served."""

@@ -5,7 +5,8 @@ add up microseconds, as there.
 """
 
 import collections
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import prometheus_client
@@ -94,10 +95,11 @@ class _Collected(Collector):
 
 
 class Metrics:
-    """The metrics of a repository. Belongs to its event loop."""
+    """The metrics of a repository, and of calls by RPC and status. Belongs to their event loop."""
 
-    def __init__(self, repository: Repository):
+    def __init__(self, repository: Repository, calls: Mapping[tuple[str, str], int]):
         self._repository = repository
+        self._calls = calls
         self._cache = _CacheEvents()
 
     async def exposition(self, accept: str) -> tuple[bytes, str]:
@@ -121,7 +123,15 @@ class Metrics:
             for servable in ready:
                 gauge.add_metric(_labels(servable), value(servable))
             families.append(gauge)
-        families += [_failures(ready), _batch_rows(ready), _modes(ready), await self._versions()]
+        families += [
+            _failures(ready),
+            _batch_rows(ready),
+            _modes(ready),
+            await self._versions(),
+            _latencies(ready),
+            *_device_memory(),
+            self._by_status(),
+        ]
         for event, count in self._cache.counts.items():
             families.append(
                 CounterMetricFamily(
@@ -131,6 +141,14 @@ class Metrics:
                 )
             )
         return families
+
+    def _by_status(self) -> Metric:
+        family = CounterMetricFamily(
+            "aqt_calls", "Calls of the service through any door", labels=["rpc", "status"]
+        )
+        for (rpc, status), count in sorted(self._calls.items()):
+            family.add_metric([rpc, status], count)
+        return family
 
     async def _versions(self) -> Metric:
         states = collections.Counter(listed.state for listed in await self._repository.index())
@@ -167,6 +185,42 @@ def _batch_rows(ready: Sequence[Servable]) -> Metric:
             _labels(servable), buckets, sum_value=sum(rows * count for rows, count in batches)
         )
     return family
+
+
+def _latencies(ready: Sequence[Servable]) -> Metric:
+    family = HistogramMetricFamily(
+        "aqt_inference_request_seconds",
+        "Time from arrival to answer, of the requests that were answered",
+        labels=_VERSION,
+    )
+    for servable in ready:
+        found = servable.statistics.latencies
+        ends = [*map(str, found.SECONDS), "+Inf"]
+        buckets = list(zip(ends, itertools.accumulate(found.counts), strict=True))
+        total = servable.statistics.success.ns / 1e9
+        family.add_metric(_labels(servable), buckets, sum_value=total)
+    return family
+
+
+def _device_memory() -> list[Metric]:
+    """Of the devices that tell; those of a CPU do not."""
+    families = {
+        "bytes_in_use": GaugeMetricFamily(
+            "aqt_device_memory_used_bytes", "Memory of the device in use", labels=["device"]
+        ),
+        "peak_bytes_in_use": GaugeMetricFamily(
+            "aqt_device_memory_peak_bytes", "Most memory that was in use", labels=["device"]
+        ),
+        "bytes_limit": GaugeMetricFamily(
+            "aqt_device_memory_total_bytes", "Memory of the device for JAX", labels=["device"]
+        ),
+    }
+    for device in jax.local_devices():
+        told = device.memory_stats() or {}
+        for name, family in families.items():
+            if name in told:
+                family.add_metric([f"{device.platform}:{device.id}"], told[name])
+    return list(families.values())
 
 
 def _modes(ready: Sequence[Servable]) -> Metric:

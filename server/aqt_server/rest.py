@@ -10,18 +10,31 @@ from aqt_protos import open_inference_pb2 as pb
 from aqt_server.documents import document_of
 from aqt_server.errors import InvalidRequest
 from aqt_server.http import answer_in_json, body_of, call_of, errors_in_json
+from aqt_server.profiling import Profiler
 from aqt_server.rest_tensors import LENGTH_HEADER, read_document, read_request, write_response
-from aqt_server.security.authorization import Guard
+from aqt_server.security.authorization import Action, Guard
 from aqt_server.service import Service
 from aqt_server.settings import Limits
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def application(service: Service, guard: Guard, limits: Limits) -> web.Application:
-    """All routes."""
+def application(
+    service: Service, guard: Guard, limits: Limits, profiler: Profiler
+) -> web.Application:
+    """All routes, and one of our own: POST /aqt/profile with {"seconds": 2}."""
     made = web.Application(middlewares=[errors_in_json], client_max_size=limits.max_message_bytes)
     made.router.add_routes(_Routes(service, guard, limits).all())
+
+    async def profile(request: web.Request) -> web.Response:
+        guard.check(call_of(request, guard).principal, Action.ADMINISTER)
+        given = read_document(await body_of(request), limits.max_json_bytes)
+        seconds = given.get("seconds")
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+            raise InvalidRequest('the body is {"seconds": 2}, for how long the profile is')
+        return answer_in_json({"profile": str(await profiler.take(seconds))})
+
+    made.router.add_post("/aqt/profile", profile)
     return made
 
 

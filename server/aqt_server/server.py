@@ -19,6 +19,7 @@ from aqt_protos import POOL, SERVICE_NAME
 from aqt_server import http, rest
 from aqt_server.logs import LogSettings
 from aqt_server.metrics import Metrics
+from aqt_server.profiling import Profiler
 from aqt_server.repository import Repository
 from aqt_server.rpc import Door, Interceptor
 from aqt_server.security.authentication import AccessFileError
@@ -26,6 +27,7 @@ from aqt_server.security.authorization import Guard
 from aqt_server.security.tls import CertificateError, Certificates
 from aqt_server.service import Service
 from aqt_server.settings import Settings
+from aqt_server.spans import NoSdkError, Spans
 from aqt_server.tracing import Tracer
 
 _log = logging.getLogger(__name__)
@@ -109,10 +111,12 @@ class _Doors:
 
     rpc: grpc.aio.Server
     http: Sequence[http.Port]
+    spans: Spans
 
     async def close(self) -> None:
         """Answers what is under way within a second, and takes no more."""
         await asyncio.gather(self.rpc.stop(grace=1), *(port.close() for port in self.http))
+        await asyncio.to_thread(self.spans.close)
 
 
 async def _open(settings: Settings, repository: Repository, checks: Any) -> _Doors:
@@ -121,31 +125,38 @@ async def _open(settings: Settings, repository: Repository, checks: Any) -> _Doo
     try:
         guard = Guard(settings.access, settings.tls)
         certificates = Certificates(settings.tls) if settings.tls.tls_certificate else None
-    except (AccessFileError, CertificateError) as error:
+        spans = Spans(settings.observe.otlp_endpoint, settings.observe.otlp_ratio)
+    except (AccessFileError, CertificateError, NoSdkError) as error:
         raise StartError(str(error)) from error
     logs = LogSettings()
     for handler in logging.getLogger().handlers:
         handler.addFilter(logs)
     service = Service(
-        repository=repository, guard=guard, tracer=Tracer(), logs=logs, limits=settings.limits
+        repository=repository,
+        guard=guard,
+        tracer=Tracer(),
+        logs=logs,
+        limits=settings.limits,
+        spans=spans,
     )
     server = _grpc_server(settings, checks, Door(service, guard), guard)
     port = _listen(server, f"{listen.host}:{listen.port}", certificates)
+    profiler = Profiler(settings.observe.profile_directory, settings.observe.profile_max_s)
     told = [f"listening on {listen.host}:{port}"]
     ports: list[http.Port] = []
     if listen.http_port >= 0:
-        ports.append(http.Port(rest.application(service, guard, settings.limits)))
+        ports.append(http.Port(rest.application(service, guard, settings.limits, profiler)))
         taken = (listen.host, listen.http_port)
         told.append(f"http on {await _listen_http(ports[-1], *taken, 'http', certificates)}")
     if listen.metrics_port >= 0:
-        ports.append(http.Port(http.metrics_application(Metrics(repository), guard)))
+        ports.append(http.Port(http.metrics_application(Metrics(repository, service.calls), guard)))
         taken = (listen.host, listen.metrics_port)
         url = await _listen_http(ports[-1], *taken, "metrics", certificates)
         told.append(f"metrics on {url}/metrics")
     # Last, as a server that was started and is not stopped complains.
     await server.start()
     print("\n".join(told), flush=True)
-    return _Doors(rpc=server, http=ports)
+    return _Doors(rpc=server, http=ports, spans=spans)
 
 
 def _grpc_server(settings: Settings, checks: Any, door: Door, guard: Guard) -> grpc.aio.Server:

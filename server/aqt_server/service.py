@@ -20,6 +20,7 @@ from aqt_server.batcher import DEFAULT_PRIORITY, PRIORITY_LEVELS
 from aqt_server.call import Call
 from aqt_server.errors import RequestError
 from aqt_server.model_config import PLATFORM
+from aqt_server.records import about
 from aqt_server.security.authorization import needed
 
 _log = logging.getLogger(__name__)
@@ -46,9 +47,25 @@ class Service(Administration):
           RequestError: it is refused, for whatever reason.
         """
         action, model = needed(rpc, request)
-        self._guard.check(call.principal, action, model)
-        method: Any = getattr(self, rpc)
-        return await method(request, call)
+        asked = {
+            "rpc": rpc,
+            "model": model,
+            "principal": call.principal.name,
+            "request_id": getattr(request, "id", "") or call.headers.get("x-request-id", ""),
+        }
+        status = "OK"
+        try:
+            with self._spans.request(call.headers, asked), about(asked):
+                try:
+                    self._guard.check(call.principal, action, model)
+                    method: Any = getattr(self, rpc)
+                    return await method(request, call)
+                except BaseException as error:
+                    status = _status(error)
+                    _log.debug("refused with %s: %s", status, error)
+                    raise
+        finally:
+            self.calls[rpc, status] += 1
 
     async def ServerLive(self, request: pb.ServerLiveRequest, call: Call):
         """Live as soon as it answers."""
@@ -114,6 +131,7 @@ class Service(Administration):
         response.parameters["aqt_exact"].bool_param = servable.exact
         response.parameters["aqt_mode"].string_param = servable.mode
         servable.statistics.succeeded(answer.times, arrived=arrived, rows=decoded.rows)
+        self._spans.stages(arrived=arrived, times=answer.times, rows=decoded.rows)
         self._tracer.trace(
             request,
             model=servable.name,
@@ -123,6 +141,12 @@ class Service(Administration):
         )
         _log.debug("%s version %d answered %d rows", servable.name, servable.version, decoded.rows)
         return response
+
+
+def _status(error: BaseException) -> str:
+    if isinstance(error, RequestError):
+        return error.code.name
+    return "CANCELLED" if isinstance(error, asyncio.CancelledError) else "INTERNAL"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -41,6 +41,13 @@ class Exempt(enum.StrEnum):
     METRICS = "metrics"
 
 
+class LogFormat(enum.StrEnum):
+    """How the log is written."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Models:
     """Which models are served."""
@@ -278,6 +285,50 @@ class Access:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Observe:
+    """What the server tells of itself."""
+
+    log_format: Annotated[
+        LogFormat,
+        Field(
+            title="FORM",
+            description="of the log on standard error: text, or json, an object a line with the "
+            "request's id, model, caller and trace",
+        ),
+    ] = LogFormat.TEXT
+    otlp_endpoint: Annotated[
+        str | None,
+        Field(
+            title="URL",
+            pattern="^https?://.+",
+            description="of an OpenTelemetry collector over HTTP, such as http://localhost:4318, "
+            "that gets a span of each request; needs aqt-engine[otlp]",
+        ),
+    ] = None
+    otlp_ratio: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            title="RATIO",
+            description="of traces that begin here which are kept; where the caller has a trace, "
+            "the caller decides. Lower it under load",
+        ),
+    ] = 1.0
+    profile_directory: Annotated[
+        Path | None,
+        Field(
+            title="DIR",
+            description="for profiles that are asked for at POST /aqt/profile of the HTTP door; "
+            "without it none are taken, as they slow the server down",
+        ),
+    ] = None
+    profile_max_s: Annotated[
+        PositiveFloat, Field(title="SECONDS", description="of the longest profile")
+    ] = 60.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """All of them. A field is a table in a file; its settings are flags and variables too."""
 
@@ -287,6 +338,7 @@ class Settings:
     limits: Limits = Limits()
     tls: Tls = Tls()
     access: Access = Access()
+    observe: Observe = Observe()
 
     def __post_init__(self):
         tls, access = self.tls, self.access
@@ -300,6 +352,8 @@ class Settings:
             raise Contradiction(
                 "{auth_issuer} and {auth_audience} need {auth_jwks}, which is missing"
             )
+        if self.observe.profile_directory and self.listen.http_port < 0:
+            raise Contradiction("{profile_directory} needs {http_port}, and it is -1")
         if access.auth_policy and not (access.auth_tokens or access.auth_jwks or tls.tls_client_ca):
             raise Contradiction(
                 "{auth_policy} needs {auth_tokens}, {auth_jwks} or {tls_client_ca}, for else "

@@ -4,6 +4,7 @@ They belong to the event loop: whoever reads from another thread has the loop re
 """
 
 import asyncio
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -52,11 +53,26 @@ class Stages:
         self.outputs.add(times.finished - times.computed)
 
 
+class Latencies:
+    """How many requests took how long, by the upper ends of `SECONDS`."""
+
+    SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+    def __init__(self):
+        self.counts = [0] * (len(self.SECONDS) + 1)
+        """By bucket, and at the end of those that took longer."""
+
+    def add(self, ns: int) -> None:
+        """Counts one more, of `ns` nanoseconds."""
+        self.counts[bisect.bisect_left(self.SECONDS, ns / 1e9)] += 1
+
+
 class Statistics:
     """What a version has done since it was loaded."""
 
     def __init__(self):
         self.success = Duration()
+        self.latencies = Latencies()
         self.failures = {reason: Duration() for reason in FailureReason}
         self.queue = Duration()
         self.requests = Stages()
@@ -75,7 +91,9 @@ class Statistics:
 
     def succeeded(self, times: Times, *, arrived: int, rows: int) -> None:
         """Counts a request of `rows` rows that arrived at `arrived` and is answered now."""
-        self.success.add(time.monotonic_ns() - arrived)
+        took = time.monotonic_ns() - arrived
+        self.success.add(took)
+        self.latencies.add(took)
         self.queue.add(times.started - times.queued)
         self.requests.add(times)
         self.rows += rows

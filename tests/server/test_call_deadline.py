@@ -15,6 +15,7 @@ from aqt_server.security.authentication import ANONYMOUS
 from aqt_server.security.authorization import Guard
 from aqt_server.service import Service
 from aqt_server.settings import Access, Limits, Tls
+from aqt_server.spans import Spans
 from aqt_server.statistics import Statistics
 from aqt_server.tracing import Tracer
 from bundles import SPECS
@@ -61,7 +62,12 @@ def test_the_deadline_of_the_call_reaches_the_queue():
         model = OneModel()
         guard = Guard(Access(), Tls())
         service = Service(
-            repository=model, guard=guard, tracer=Tracer(), logs=LogSettings(), limits=Limits()
+            repository=model,
+            guard=guard,
+            tracer=Tracer(),
+            logs=LogSettings(),
+            limits=Limits(),
+            spans=Spans(),
         )
         with pytest.raises(DeadlineExceeded):
             await service.answer("ModelInfer", request_of(x_of(3)), call(0.0))
