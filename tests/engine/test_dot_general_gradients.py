@@ -111,6 +111,15 @@ def test_compiled_mapped_scanned_and_rematerialized_gradients_have_the_same_bits
             assert_same_bits(mine, other)
 
 
+def test_the_gradient_of_a_weight_is_summed_from_int8_and_not_widened_first():
+    lhs, rhs = jnp.ones((64, 48)), jnp.ones((48, 40))
+    gradient = jax.grad(lambda w: QUANTIZED(lhs, w, AXES).sum())
+    compiled = jax.jit(gradient).lower(rhs).compile().as_text()
+    # Where XLA:CPU has no fast integer contraction for a layout, it converts the operands first.
+    assert "s8[48,64]" in compiled or "s8[40,64]" in compiled
+    assert not any(f"s32[{shape}]" in compiled for shape in ("64,48", "64,40", "48,64", "40,64"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_in_the_gradient_spoils_the_row_and_column_of_its_scales(bad):
