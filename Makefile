@@ -4,13 +4,20 @@ BIN := .venv/bin
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade pyproject.toml --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-annotate --no-header
 
-.PHONY: demo zoo test check fmt proto lock clean
+.PHONY: demo zoo papers bench-training test check fmt proto lock clean
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
 	$(BIN)/python -m examples.digits.demo
 
 zoo: .venv/installed  ## the same for every model of examples/zoo.py: under ten minutes
 	$(BIN)/python -m examples.zoo
+
+papers: .venv/installed  ## results of papers in small: examples/papers/README.md
+	for name in pareto native_4bit binary int8_backward; do \
+		$(BIN)/python -m examples.papers.$$name || exit 1; done
+
+bench-training: .venv/installed  ## what AQT's training step costs: docs/performance.md
+	$(BIN)/python -m benchmarks.training --json out/bench/training.json
 
 test: check  ## all tests
 	$(BIN)/python -m pytest -q -n 2 -m slow

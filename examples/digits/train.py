@@ -23,10 +23,10 @@ class Digits:
     labels: np.ndarray
 
 
-def split_digits() -> tuple[Digits, Digits]:
-    """The digits to train on and those held out, split at random by a fixed seed."""
+def split_digits(seed: int = 0) -> tuple[Digits, Digits]:
+    """The digits to train on and those held out, split at random by the seed."""
     data = load_digits()
-    order = np.random.default_rng(0).permutation(len(data.images))
+    order = np.random.default_rng(seed).permutation(len(data.images))
     images = data.images.astype(np.float32)[order]
     labels = data.target.astype(np.int32)[order]
     return (
