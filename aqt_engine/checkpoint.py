@@ -23,6 +23,23 @@ def load_variables(path: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: nothing readable stands there.
     """
+    return _collections(_restored(path))
+
+
+def load_tree(path: Path) -> Any:
+    """The tree in the checkpoint at `path`, as it was saved, with NumPy arrays.
+
+    Of a train state, which has an `opt_state`, it is the `params`. `path` is as in
+    `load_variables`.
+
+    Raises:
+      CheckpointError: nothing readable stands there.
+    """
+    tree = _restored(path)
+    return tree["params"] if isinstance(tree, Mapping) and "opt_state" in tree else tree
+
+
+def _restored(path: Path) -> Any:
     found = _find(path.absolute())
     if found is None:
         raise CheckpointError(
@@ -34,10 +51,9 @@ def load_variables(path: Path) -> dict[str, Any]:
             metadata = checkpointer.metadata(found).item_metadata.tree
             # As NumPy arrays, whatever devices they were saved from.
             arguments = jax.tree.map(_as_numpy, metadata)
-            tree = checkpointer.restore(found, restore_args=arguments)
+            return checkpointer.restore(found, restore_args=arguments)
     except Exception as error:
         raise CheckpointError(f"{found} cannot be read as an Orbax checkpoint: {error}") from error
-    return _collections(tree)
 
 
 def _as_numpy(_: Any) -> ocp.RestoreArgs:

@@ -72,5 +72,11 @@ class StaticSide:
         )
 
     def _scale(self, bound: jax.Array, x: jax.Array) -> Scale:
+        if any(size not in (1, whole) for size, whole in zip(bound.shape, x.shape, strict=True)):
+            raise ValueError(
+                f"a scale of shape {bound.shape} was learned, and the operand is of shape "
+                f"{x.shape}: share it along all axes whose sizes vary, as those of rows, with "
+                f"`calibration_mode=CalibrationMode.ALL_AXES` or `calib_shared_axes`"
+            )
         known = dataclasses.replace(self.tensor.quantizer(None), calibration=KnownBound(bound))
         return known.calibrate(x, calibration_axes=self.shared)

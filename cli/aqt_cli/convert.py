@@ -9,19 +9,25 @@ import typer
 
 from aqt_cli import signature
 from aqt_cli.failures import as_sentence
-from aqt_cli.sources import batches, load_factory, read_arrays
+from aqt_cli.models import load_model
+from aqt_cli.sources import batches, read_arrays
 
 
 def convert(
     model: Annotated[
         str,
         typer.Option(
-            metavar="PACKAGE.MODULE:FACTORY",
-            help="A function from a QuantMode to the linen module that was trained.",
+            metavar="PACKAGE.MODULE:NAME",
+            help="What was trained: a function from a QuantMode to a linen module, a function of "
+            "variables and named inputs to outputs, or a function without arguments to an nnx "
+            "model.",
         ),
     ],
     checkpoint: Annotated[
-        Path, typer.Option(help="The Orbax checkpoint: parameters, collections or a train state.")
+        Path,
+        typer.Option(
+            help="The Orbax checkpoint: variables, parameters, collections or a train state."
+        ),
     ],
     example: Annotated[
         Path,
@@ -82,7 +88,7 @@ def convert(
     from rich.console import Console
 
     from aqt_engine.bundle import BundleError
-    from aqt_engine.checkpoint import CheckpointError, load_variables
+    from aqt_engine.checkpoint import CheckpointError
     from aqt_engine.convert import ConversionError, calibrate
     from aqt_engine.convert import convert as convert_model
     from aqt_engine.tiles import measured
@@ -93,8 +99,7 @@ def convert(
         as_sentence(BundleError, CheckpointError, ConversionError, FileExistsError, OSError),
         progress.status("Reading the checkpoint") as status,
     ):
-        factory = load_factory(model)
-        variables = load_variables(checkpoint)
+        factory, variables = load_model(model, checkpoint)
         inputs = read_arrays(example)
 
         def show(stage: str) -> None:

@@ -246,6 +246,12 @@ def test_static_calibration_of_functions():
     assert (calibrated(LAYERS, X) != quantize(fn, everywhere())(LAYERS, X)).any()
 
 
+def test_a_learned_scale_that_does_not_fit_is_refused():
+    calibrated = quantize(jnp.matmul, everywhere(STATIC)).calibrate([(X, W)])
+    with pytest.raises(ValueError, match=r"scale of shape \(4, 1\) was learned.*ALL_AXES"):
+        calibrated(X[:2], W)
+
+
 def test_calibration_that_meets_nothing_is_refused():
     with pytest.raises(ValueError, match="nothing to calibrate"):
         quantize(two_layers, everywhere()).calibrate([(LAYERS, X)])

@@ -1,8 +1,8 @@
 """An nnx model as what can be converted."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -39,8 +39,26 @@ class NnxModel(Convertible):
     def merge(self, variables: Mapping[str, Any]) -> nnx.Module:
         """The model with `variables`."""
         streams, state = fresh(self.streams), fresh(self.state)
-        nnx.replace_by_pure_dict(state, _by_number(dict(variables)))
+        nnx.replace_by_pure_dict(state, dict(variables))
         return nnx.merge(self.graph, streams, state)
+
+    def variables_in(self, checkpoint: Any) -> dict[str, Any]:
+        """The variables of this model in what was saved of one: an `nnx.State`, or nested dicts.
+
+        Raises:
+          ConversionError: some are missing, or have another shape.
+        """
+        places, tree = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(self.state))
+        found = [_at(checkpoint, [key.key for key in place]) for place, _ in places]
+        for (place, own), value in zip(places, found, strict=True):
+            if getattr(value, "shape", None) != own.shape:
+                name = jax.tree_util.keystr(place, simple=True, separator="/")
+                shown = "nothing" if value is None else f"{getattr(value, 'shape', type(value))}"
+                raise ConversionError(
+                    f"the model has {name!r} of shape {own.shape}, and the checkpoint {shown} "
+                    f"there: give the checkpoint of this model"
+                )
+        return jax.tree.unflatten(tree, found)
 
     def train(self, variables: Any, inputs: Inputs) -> Any:
         """The model's answer, as in training without updates."""
@@ -100,9 +118,12 @@ def fresh(state: Any) -> Any:
     return jax.tree.unflatten(tree, leaves)
 
 
-def _by_number(variables: dict[str, Any]) -> dict[Any, Any]:
-    """The same with the numbers of lists as integers, which a checkpoint keeps as text."""
-    return {
-        int(k) if str(k).isdecimal() else k: _by_number(v) if isinstance(v, dict) else v
-        for k, v in variables.items()
-    }
+def _at(tree: Any, place: Sequence[Any]) -> Any:
+    """What stands at `place`, whose numbers may be text in `tree`; None if nothing does."""
+    for key in place:
+        if not isinstance(tree, Mapping):
+            return None
+        found = cast(Mapping[Any, Any], tree)
+        tree = found.get(key, found.get(str(key)))
+    # As a checkpoint of an `nnx.State` has it.
+    return tree["value"] if isinstance(tree, Mapping) and set(tree) == {"value"} else tree
