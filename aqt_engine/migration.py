@@ -15,9 +15,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from flax.core import meta
 
 from aqt_engine.flax.linen import AqtDotGeneral, numbered
+from aqt_engine.flax.marks import SEPARATOR
 from aqt_engine.modes import QuantMode
 from aqt_engine.ops.axes import Axes, DotAxes
 from aqt_engine.qtensor import QTensor, Scale
@@ -61,14 +63,12 @@ def from_aqtp(
     kept = {name: value for name, value in variables.items() if name != _COLLECTION}
     expected, orders = _expected(model(QuantMode.CONVERT), kept, example)
     _require_same_layers(stored, set(expected))
-    migrated: dict[str, Any] = {}
-    for path, target in expected.items():
-        leaf = _leaf("/".join(path), _at(stored, path), target, orders.get(path))
-        inner = migrated
-        for name in path[:-1]:
-            inner = inner.setdefault(name, {})
-        inner[path[-1]] = leaf
-    return {**kept, _COLLECTION: migrated}
+    migrated: dict[_Path, Any] = {
+        path: _leaf("/".join(path), _at(stored, path), target, orders.get(path))
+        for path, target in expected.items()
+    }
+    migrated |= _marks(model(QuantMode.CONVERT), kept, example)
+    return {**kept, _COLLECTION: traverse_util.unflatten_dict(migrated)}
 
 
 def _expected(
@@ -104,8 +104,31 @@ def _expected(
             return module.apply(variables, inputs, method=_call, mutable=True)[1]
 
     shapes = meta.unbox(jax.eval_shape(convert, variables, dict(example)).get(_COLLECTION, {}))
-    leaves = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=_is_stored)[0]
-    return {tuple(str(key.key) for key in path): leaf for path, leaf in leaves}, orders
+    leaves = _flat(shapes)
+    return {path: leaf for path, leaf in leaves.items() if _is_stored(leaf)}, orders
+
+
+def _marks(
+    module: nn.Module, variables: Mapping[str, Any], example: Mapping[str, Any]
+) -> dict[_Path, jax.Array]:
+    """The marks that our model would store, since it is its configuration that will serve."""
+    names: list[_Path] = []
+
+    # They depend on nothing: compiled, nothing else is computed.
+    @jax.jit
+    def marks(variables: Mapping[str, Any], inputs: Mapping[str, jax.Array]) -> list[jax.Array]:
+        stored = module.apply(variables, inputs, method=_call, mutable=True)[1]
+        leaves = _flat(meta.unbox(stored.get(_COLLECTION, {})))
+        found = {path: leaf for path, leaf in leaves.items() if SEPARATOR in path[-1]}
+        names.extend(found)
+        return list(found.values())
+
+    return dict(zip(names, marks(variables, dict(example)), strict=True))
+
+
+def _flat(collection: Mapping[str, Any]) -> dict[_Path, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(collection, is_leaf=_is_stored)[0]
+    return {tuple(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
 def _call(module: nn.Module, inputs: Mapping[str, jax.Array]) -> Any:

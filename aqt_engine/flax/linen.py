@@ -2,8 +2,9 @@
 
 A module's mode says what it does with each of its two sides. In TRAIN both are quantized on every
 call. In CONVERT a side is also stored, quantized, in the collection `quant_collection`, as `qlhs`
-or `qrhs`. In SERVE a side is read from there, and the float operand only lends its shape. Set the
-mode of the side that is the weight: the right one in `nn.Dense`, either one in an einsum.
+or `qrhs`, and marked with the configuration that did it. In SERVE a side is read from there, if its
+mark is of the same configuration, and the float operand only lends its shape. Set the mode of the
+side that is the weight: the right one in `nn.Dense`, either one in an einsum.
 
 A side whose calibration keeps statistics keeps them in `statistics_collection`. It learns them in
 CALIBRATE, and in TRAIN where the calibration says so and the collection is mutable. In CONVERT it
@@ -23,6 +24,7 @@ from jax.typing import DTypeLike
 
 from aqt_engine.config import DotGeneral, Tensor
 from aqt_engine.context import Context
+from aqt_engine.flax import marks
 from aqt_engine.modes import QuantMode
 from aqt_engine.numerics import NoNumerics
 from aqt_engine.ops import tiled
@@ -73,7 +75,7 @@ class AqtDotGeneral(nn.Module):
 
         Raises:
           ValueError: a side is in SERVE and nothing was stored for it, or what was stored has
-            another shape.
+            another shape or was converted by another configuration.
         """
         config = self.configuration()
         if config is None:
@@ -240,6 +242,7 @@ class AqtDotGeneral(nn.Module):
                 f"the `variable_axes` of an nn.scan or nn.vmap around the layer"
             )
         self.variable(self.quant_collection, name, lambda: value).value = value
+        marks.mark(self, self.quant_collection, name, self._configured())
 
     def stored_by(self, name: str) -> tuple[str, Quantized]:
         """The path of what is stored under `name`, and how it was quantized."""
@@ -257,7 +260,16 @@ class AqtDotGeneral(nn.Module):
                 f"{self.quant_collection!r} holds no {name!r} for it: run the model once in "
                 f"QuantMode.CONVERT and serve with the variables that gives"
             )
+        if self.is_initializing():
+            marks.mark(self, self.quant_collection, name, self._configured())
+        else:
+            marks.check(self, self.quant_collection, name, self._configured())
         return self.variable(self.quant_collection, name, otherwise).value
+
+    def _configured(self) -> DotGeneral:
+        config = self.configuration()
+        assert config is not None
+        return config
 
 
 def _described(q: Any) -> str:

@@ -10,6 +10,7 @@ from flax import traverse_util
 
 from aqt_engine import QuantMode, config
 from aqt_engine.flax import AqtDotGeneral, AqtEinsum
+from aqt_engine.flax.marks import SEPARATOR
 from aqt_engine.qtensor import QTensor
 from engine.contractions import assert_same_bits
 
@@ -67,10 +68,14 @@ def converted(module, params, x=X):
 
 
 def stored_leaves(aqt):
-    """The stored QTensors by their paths."""
+    """The stored QTensors by their paths; each has its mark beside it."""
     leaves = traverse_util.flatten_dict(aqt, sep="/", is_leaf=lambda _, v: isinstance(v, QTensor))
-    assert all(isinstance(leaf, QTensor) for leaf in leaves.values())
-    return leaves
+    tensors = {path: leaf for path, leaf in leaves.items() if SEPARATOR not in path}
+    assert all(isinstance(leaf, QTensor) for leaf in tensors.values())
+    assert sorted(path.split(SEPARATOR)[0] for path in leaves.keys() - tensors.keys()) == sorted(
+        tensors
+    )
+    return tensors
 
 
 def with_weights(params, value):

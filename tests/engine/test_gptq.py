@@ -19,9 +19,9 @@ from aqt_engine.flax import AqtConvGeneralDilated, AqtDotGeneral, AqtEinsum, qua
 from aqt_engine.ptq import gptq
 from aqt_engine.ptq.gptq import GptqError
 from aqt_engine.ptq.weights import Weights
-from aqt_engine.qtensor import QTensor
 from aqt_engine.rules import Rule, Rules
 from engine.contractions import assert_same_bits
+from engine.linen_modes import stored_leaves
 
 pytestmark = pytest.mark.slow
 
@@ -124,7 +124,7 @@ def test_the_integers_are_stored_and_served_as_they_train(tmp_path):
     rounded = gptq(model, params, calibration[:1])
     stored = functools.partial(model(CONVERT).apply, mutable=["aqt"])
     before, after = (jax.jit(stored)(v, calibration[0]["x"])[1]["aqt"] for v in (params, rounded))
-    tensors = zip(*(jax.tree.leaves(s, is_leaf=is_qtensor) for s in (before, after)), strict=True)
+    tensors = zip(*(stored_leaves(s).values() for s in (before, after)), strict=True)
     for nearest, found in tensors:
         assert_same_bits(found.scale, nearest.scale)
         assert (found.qvalue != nearest.qvalue).any()
@@ -138,10 +138,6 @@ def test_the_integers_are_stored_and_served_as_they_train(tmp_path):
     images = calibration[1]["x"][:4]
     trains = jax.jit(model(TRAIN).apply)(rounded, images)
     assert_same_bits(program({"x": images})["output"], trains)
-
-
-def is_qtensor(x):
-    return isinstance(x, QTensor)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
 
-from aqt_engine import QTensor, QuantMode, bundle, config
+from aqt_engine import QuantMode, bundle, config
 from aqt_engine.checkpoint import load_variables
 from aqt_engine.config import LocalAqt
 from aqt_engine.convert import convert
@@ -21,6 +21,7 @@ from aqt_engine.flax import AqtConvGeneralDilated, AqtDotGeneral, AqtEinsum
 from aqt_engine.migration import MigrationError, from_aqtp
 from aqt_engine.statistics import MeanOfAbsMaxCalibration
 from engine.contractions import assert_same_bits
+from engine.linen_modes import stored_leaves
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the oracle's own, on today's JAX
@@ -180,8 +181,7 @@ def test_a_live_tree_is_served_as_aqtp_trains(model, bits, legacy):
     variables, trained = stored(model, bits, legacy)
     ours = factory(model, bits)
     migrated = from_aqtp(variables, ours, {"x": X})
-    leaves = jax.tree.leaves(migrated["aqt"], is_leaf=lambda x: isinstance(x, QTensor))
-    assert all(isinstance(leaf, QTensor) for leaf in leaves)
+    assert stored_leaves(migrated["aqt"])
     assert migrated["params"] is variables["params"]
     assert_same_bits(serve(ours, migrated), trained)
 

@@ -16,6 +16,7 @@ from aqt_engine.statistics import (
     WeightedStatsCalibration,
 )
 from engine.contractions import assert_same_bits
+from engine.linen_modes import stored_leaves
 
 STATISTICS = "aqt_statistics"
 INT8 = config.int_numerics(8)
@@ -208,7 +209,7 @@ def test_shards_are_served_as_they_were_trained():
     _, stored = nn.Dense(8, dot_general=AqtDotGeneral(c, rhs_quant_mode=QuantMode.CONVERT)).apply(
         variables, x, mutable=["aqt"]
     )
-    (kernel,) = jax.tree.leaves(stored, is_leaf=lambda v: hasattr(v, "qvalue"))
+    (kernel,) = stored_leaves(stored["aqt"]).values()
     assert (kernel.qvalue.shape, kernel.scale.shape) == ((4, 4, 8), (4, 1, 8))
     assert_same_bits(
         apply(QuantMode.SERVE, {**variables, **stored}, x), apply(QuantMode.TRAIN, variables, x)
