@@ -249,8 +249,7 @@ def _checked(where: str, part: str, array: Any, target: Any) -> jax.Array | None
     if array is None or target is None or not _fits(array, target):
         raise MigrationError(
             f"{where} was stored with {part} {_described(array)} and the model has "
-            f"{_described(target)}: use the configuration that the model was stored with, and no "
-            f"tiling but `LocalAqt`"
+            f"{_described(target)}: use the configuration and the tiles that it was stored with"
         )
     return jnp.asarray(array)
 

@@ -69,6 +69,12 @@ def gptq(
             "the model contracts no parameter that is stored in QuantMode.CONVERT: pass the mode "
             "that the factory is given to the side of each contraction that is the weight"
         )
+    tiled = ["/".join(weight.parameter) for weight in weights if weight.tiled]
+    if tiled:
+        raise GptqError(
+            f"{', '.join(tiled)} is quantized in tiles by `tiling`, which GPTQ does not know: tile "
+            f"a contracted axis with `LocalAqt`, or round it to nearest"
+        )
     rounded = dict(variables)
     for sites in shared.values():
         first = sites[0]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from aqt_engine.config import DotGeneral, Tensor
 from aqt_engine.convertible import ModelFactory
 from aqt_engine.flax.conv import AqtConvGeneralDilated
-from aqt_engine.flax.linen import AqtDotGeneral
+from aqt_engine.flax.linen import AqtDotGeneral, numbered
 from aqt_engine.modes import QuantMode
 from aqt_engine.ops.axes import DotAxes
 from aqt_engine.ops.conv import quantize_rhs as quantize_kernel
@@ -51,13 +51,16 @@ class Site:
 class Weight:
     """One contraction with a parameter.
 
-    `parameter` is the parameter's path in the collection `params`. `tensor` is how it is quantized,
-    and `quantize` does it, as the forward pass does.
+    `parameter` is the parameter's path in the collection `params`, and `stored` the name that
+    CONVERT stores it under, in the module of the site. `tensor` is how it is quantized, and
+    `quantize` does it, as the forward pass does; `tiled` says that the module does so in tiles.
     """
 
     parameter: tuple[str, ...]
     site: Site
     side: Literal["lhs", "rhs"]
+    stored: str
+    tiled: bool
     tensor: Tensor
     quantize: Callable[[jax.Array], QTensor]
     form: Form
@@ -239,7 +242,7 @@ def _stored(
         axes = ConvAxes.parse(lhs.shape, rhs.shape, *geometry.values())
         form: Form = ConvForm(axes, rhs.shape)
         quantize = functools.partial(quantize_kernel, axes=axes, config=config)
-        return [_weight(site, "rhs", config, quantize, form)] if "rhs" in sides else []
+        return [_weight(site, called, "rhs", config, quantize, form)] if "rhs" in sides else []
     numbers = given["dimension_numbers"]
     weights: list[Weight] = []
     for side in sides:
@@ -260,19 +263,30 @@ def _stored(
                 dimension_numbers=numbers,
                 config=config,
             )
-        weights.append(_weight(site, cast(Any, side), config, quantize, form))
+        weights.append(_weight(site, called, cast(Any, side), config, quantize, form))
     return weights
 
 
 def _weight(
     site: Site,
+    called: AqtDotGeneral,
     side: Literal["lhs", "rhs"],
     config: DotGeneral,
     quantize: Callable[[jax.Array], QTensor],
     form: Form,
 ) -> Weight:
     tensor = config.fwd.lhs if side == "lhs" else config.fwd.rhs
-    return Weight(parameter=(), site=site, side=side, tensor=tensor, quantize=quantize, form=form)
+    name = called.lhs_var_name if side == "lhs" else called.rhs_var_name
+    return Weight(
+        parameter=(),
+        site=site,
+        side=side,
+        stored=numbered(name, site.call),
+        tiled=called.tiling is not None,
+        tensor=tensor,
+        quantize=quantize,
+        form=form,
+    )
 
 
 def _is_contraction(context: Any) -> bool:

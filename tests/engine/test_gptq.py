@@ -16,6 +16,7 @@ from aqt_engine.calibration import ConstantCalibration, MinMaxCalibration, Perce
 from aqt_engine.convert import convert
 from aqt_engine.execution import Program
 from aqt_engine.flax import AqtConvGeneralDilated, AqtDotGeneral, AqtEinsum, quantize
+from aqt_engine.ops import TileCount, Tiling
 from aqt_engine.ptq import gptq
 from aqt_engine.ptq.gptq import GptqError
 from aqt_engine.ptq.weights import Weights
@@ -199,6 +200,12 @@ def test_other_weights(quantization, dtype):
     assert found[("kernel",)] < nearest[("kernel",)]
 
 
+def in_tiles(mode):
+    tiling = Tiling(rhs=(TileCount(1, 2),))
+    dot_general = AqtDotGeneral(weights_of(4), rhs_quant_mode=mode, tiling=tiling)
+    return nn.Dense(30, use_bias=False, dot_general=dot_general)
+
+
 class Tied(nn.Module):
     """A matrix that is contracted from both sides."""
 
@@ -218,6 +225,7 @@ class Tied(nn.Module):
         (lambda mode: One(weights_of(4))(TRAIN), [X], "contracts no parameter that is stored"),
         (One(weights_of(4, calibration=PercentileCalibration(80))), [X], "kernel has Percentile"),
         (One(weights_of(8), jnp.bfloat16), [X], "cannot tell the values of its buckets apart"),
+        (in_tiles, [X], "kernel is quantized in tiles by `tiling`"),
         (Tied, [X], "w is contracted in several ways"),
     ],
 )

@@ -19,6 +19,7 @@ from aqt_engine.convert import convert
 from aqt_engine.execution import Program
 from aqt_engine.flax import AqtConvGeneralDilated, AqtDotGeneral, AqtEinsum
 from aqt_engine.migration import MigrationError, from_aqtp
+from aqt_engine.ops import TileCount, Tiling
 from aqt_engine.statistics import MeanOfAbsMaxCalibration
 from engine.contractions import assert_same_bits
 from engine.linen_modes import stored_leaves
@@ -214,16 +215,23 @@ def test_a_checkpoint_is_loaded_without_aqtp(tmp_path, legacy, form):
 
 
 @both_layouts
-def test_tiles_are_local_aqt(legacy):
+def test_tiles_are_local_aqt_or_a_tiling(legacy):
     variables, trained = stored(Mlp, 8, legacy, shards=2)
     ours = factory(Mlp, shards=2)
     if legacy:
         with pytest.raises(MigrationError, match="no place for a layer that is tiled"):
             from_aqtp(variables, ours, {"x": X})
         return
-    migrated = from_aqtp(variables, ours, {"x": X})
-    assert_same_bits(serve(ours, migrated), trained)
-    with pytest.raises(MigrationError, match="no tiling but `LocalAqt`"):
+    tiling = Tiling(lhs=(TileCount(2, 2),), rhs=(TileCount(0, 2),))
+
+    def tiled(mode):
+        c = config.fully_quantized()
+        return Mlp(lambda: AqtDotGeneral(c, rhs_quant_mode=mode, tiling=tiling))
+
+    for model in (ours, tiled):
+        migrated = from_aqtp(variables, model, {"x": X})
+        assert_same_bits(serve(model, migrated), trained)
+    with pytest.raises(MigrationError, match="the tiles that it was stored with"):
         from_aqtp(variables, factory(Mlp), {"x": X})
 
 
