@@ -80,7 +80,18 @@ class IntNumerics(Numerics):
         return self._last_edge() - (0.5 if self.round else 0.0)
 
     def quantize(self, scaled: jax.Array, key: jax.Array | None) -> jax.Array:
-        """The buckets of `scaled`: noise, clip, round half to even (without zero: floor + 0.5)."""
+        """The buckets of `scaled`: noise, clip, round half to even (without zero: floor + 0.5).
+
+        Raises:
+          ValueError: noise is drawn and `key` is None, or the dtype of `scaled` ends below the last
+            bucket.
+        """
+        largest = float(jnp.finfo(scaled.dtype).max)
+        if self.quant_bound() > largest:
+            raise ValueError(
+                f"{self.bits}-bit integers reach {self.quant_bound()}, and a tensor of dtype "
+                f"{scaled.dtype} ends at {largest}: use fewer bits or a wider dtype"
+            )
         x = scaled
         if self.noise_fn is not None:
             key = require_key(key, "`noise_fn=None`")

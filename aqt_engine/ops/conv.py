@@ -71,6 +71,9 @@ def conv_general_dilated(
     of `aqt_engine.ops.windows`. `precision` applies to float convolutions only. The result has the
     dtype of `lhs`, or `preferred_element_type` where that is given.
 
+    A value that is not finite makes NaN of all that share its scale: its example, or its output
+    channel.
+
     Bits: every value is the same eager, jitted, and in any batch, for configurations that convolve
     integers without a bias.
 
@@ -268,7 +271,7 @@ def _contract_in_parts(
             precision,
         )
 
-    return sum((part(start) for start in range(size, features, size)), start=part(0))
+    return sum((part(start) for start in range(size, features, max(size, 1))), start=part(0))
 
 
 def _contract(

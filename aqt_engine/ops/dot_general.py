@@ -61,7 +61,9 @@ def dot_general(
     in front of the contracted axis that is sharded.
 
     A value that is not finite makes NaN of all that share its scale, and so of every output that
-    sums one of those. A group of zeros gives zeros, and so does a sum of no values.
+    sums one of those. A group of zeros gives zeros, and so does a sum of no values. An integer sum
+    becomes a float of the operands' dtype before it is scaled: in float16, as in AQT, one beyond
+    65504 becomes infinite, so prefer bfloat16 or float32.
 
     Bits: every value is the same eager, jitted, and in any batch, for configurations that contract
     integers without a bias.

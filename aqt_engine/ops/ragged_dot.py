@@ -298,7 +298,7 @@ def _sum_by_group(
     right_scale, right_bias = _taken_out("rhs", right, right_by_group)
     limit = accumulator_limit(raw)
     rows = g.shape[0]
-    size = rows if limit is None else min(rows, limit)
+    size = max(1, rows if limit is None else min(rows, limit))
     numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
     product = _ragged_product(numbers, precision, raw.dg_accumulator_dtype)
 

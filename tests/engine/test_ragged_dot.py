@@ -88,6 +88,7 @@ def test_value_and_gradients_are_those_of_each_group_alone(c, dtype):
         assert np.asarray(mine, np.float32).any()
 
 
+@pytest.mark.slow
 def test_unquantized_gradients_are_those_of_jax():
     arguments = operands(2)
     found = value_and_gradients(contraction(config.DotGeneral()), *arguments)
@@ -190,6 +191,7 @@ def test_stochastic_rounding_draws_with_the_key():
     lhs, rhs, g = operands(8)
     c = config.config_v4(8, 8, 8)
 
+    @jax.jit
     def gradients(seed):
         context = Context(key=jax.random.key(seed))
         return value_and_gradients(contraction(c, context=context), lhs, rhs, g)[1:]

@@ -1,0 +1,89 @@
+"""What each op gives for values that are not finite, for zeros, and for operands of no values."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aqt_engine import config
+from aqt_engine.ops import (
+    TileCount,
+    Tiling,
+    conv_general_dilated,
+    dot_general,
+    einsum,
+    ragged_dot,
+    tiled_dot_general,
+)
+
+INT8 = config.config_v4(8, 8, 8, use_stochastic_rounding=False)
+MATMUL = (((1,), (0,)), ((), ()))
+# Each takes (rows, 4) to (rows, 3); the second operand is made of (4, 3).
+OPS = {
+    "dot_general": lambda x, w: dot_general(x, w, MATMUL, config=INT8),
+    "einsum": lambda x, w: einsum("ab,bc->ac", x, w, config=INT8),
+    "tiled": lambda x, w: tiled_dot_general(
+        x, w, MATMUL, config=INT8, tiling=Tiling(lhs=(TileCount(1, 2),))
+    ),
+    "ragged_dot": lambda x, w: ragged_dot(x, w[None], jnp.asarray([len(x)]), config=INT8),
+    "conv": lambda x, w: conv_general_dilated(
+        x[:, None], w[None], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"), config=INT8
+    )[:, 0],
+}
+
+
+def operands(rows=3):
+    rng = np.random.default_rng(0)
+    shapes = ((rows, 4), (4, 3))
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+@pytest.fixture(params=OPS)
+def op(request):
+    return jax.jit(OPS[request.param])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_spoils_what_shares_its_scale_and_no_other(op, bad):
+    lhs, rhs = operands()
+    expected = np.asarray(op(lhs, rhs))
+    found = np.asarray(op(lhs.at[1, 2].set(bad), rhs))
+    assert np.isnan(found[1]).all()
+    np.testing.assert_array_equal(np.delete(found, 1, 0), np.delete(expected, 1, 0))
+    found = np.asarray(op(lhs, rhs.at[0, 2].set(bad)))
+    assert np.isnan(found[:, 2]).all()
+    np.testing.assert_array_equal(found[:, :2], expected[:, :2])
+
+
+def test_zeros_give_zeros(op):
+    lhs, rhs = operands()
+    assert not np.asarray(op(lhs.at[1].set(0), rhs))[1].any()
+    assert not np.asarray(op(lhs, rhs.at[:, 0].set(0)))[:, 0].any()
+
+
+def test_no_rows_give_no_rows_and_a_gradient_of_zeros(op):
+    lhs, rhs = operands(0)
+    out, vjp = jax.vjp(functools.partial(op), lhs, rhs)
+    assert out.shape == (0, 3)
+    dlhs, drhs = vjp(out)
+    assert dlhs.shape == (0, 4)
+    assert not np.asarray(drhs).any()
+
+
+def test_integers_are_refused(op):
+    lhs, rhs = operands()
+    with pytest.raises(TypeError, match="`rhs` has dtype int32, and only floating-point"):
+        op(lhs, rhs.astype(jnp.int32))
+
+
+def test_noise_without_a_key_is_refused():
+    lhs, rhs = operands()
+    c = config.fully_quantized()
+    for contraction in (
+        functools.partial(tiled_dot_general, dimension_numbers=MATMUL, tiling=Tiling()),
+        functools.partial(einsum, "ab,bc->ac"),
+    ):
+        with pytest.raises(ValueError, match="needs a PRNG key"):
+            jax.grad(lambda x, op=contraction: op(x, rhs, config=c).sum())(lhs)
