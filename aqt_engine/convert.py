@@ -72,7 +72,7 @@ def convert(
     inputs = signature.canonical(example)
     specs = signature.specs(inputs)
     variables = jax.tree.map(jnp.asarray, variables)
-    model = _convertible(model)
+    model = as_convertible(model)
 
     on_stage("Quantizing the weights")
     first = signature.witness(inputs, signature.buckets[0], DEFAULT_TILE)
@@ -95,7 +95,7 @@ def convert(
     _refuse_mixing(forward, variables, structs(signature.buckets[0]))
     outputs = signature.output_specs(lambda b: jax.eval_shape(train, variables, structs(b)))
     witnesses = {
-        bucket: bundle.Witness(inputs=of, outputs=_tile_by_tile(train, variables, of, tile))
+        bucket: bundle.Witness(inputs=of, outputs=proof.in_tiles(train, variables, of, tile))
         for bucket, of in rows.items()
     }
 
@@ -150,7 +150,7 @@ def calibrate(
     Raises:
       ConversionError: the model keeps no statistics, so that there is nothing to calibrate.
     """
-    return _convertible(model).calibrated(variables, map(_PLAIN.canonical, batches))
+    return as_convertible(model).calibrated(variables, map(_PLAIN.canonical, batches))
 
 
 def _of_weights(
@@ -161,7 +161,8 @@ def _of_weights(
     return {name: by for name, by in quantized.items() if name in tensors}
 
 
-def _convertible(model: ModelFactory | Convertible | QuantizedFunction) -> Convertible:
+def as_convertible(model: ModelFactory | Convertible | QuantizedFunction) -> Convertible:
+    """`model`, or what stands for it: a linen model is given by its factory."""
     if isinstance(model, QuantizedFunction):
         return Function(model)
     return model if isinstance(model, Convertible) else LinenModel(model)
@@ -190,17 +191,3 @@ def _suspect(op: Op | None) -> str:
         f"The first operation whose result for a row depends on the other rows, or on where the "
         f"row lies, is {op}"
     )
-
-
-def _tile_by_tile(
-    train: Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]],
-    variables: Any,
-    inputs: Arrays,
-    tile: int,
-) -> dict[str, np.ndarray[Any, Any]]:
-    rows = len(next(iter(inputs.values())))
-    answers = [
-        train(variables, {k: jnp.asarray(a[start : start + tile]) for k, a in inputs.items()})
-        for start in range(0, rows, tile)
-    ]
-    return {k: np.concatenate([np.asarray(a[k]) for a in answers]) for k in answers[0]}

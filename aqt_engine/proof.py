@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from aqt_engine import lengths, witness
 from aqt_engine.bundle import Arrays, Bundle, Witness
 from aqt_engine.execution import Program
+from aqt_engine.graphs import NamedForward
 from aqt_engine.manifest import LengthBucket, Manifest, bucket_name
 from aqt_engine.witness import Verdict
 
@@ -46,6 +48,18 @@ def of_witnesses(
 def executables(manifest: Manifest, witnesses: Mapping[LengthBucket, Witness], rows: int) -> int:
     """How many of the first trials of `of_witnesses` it takes to run every executable."""
     return sum(_rows(witness.at_least(w, rows).inputs).bit_length() for w in witnesses.values())
+
+
+def trials(manifest: Manifest, witnesses: Mapping[LengthBucket, Witness], rows: int) -> int:
+    """How many trials `of_witnesses` and `of_random_inputs` make together."""
+    neighbors = len(witness.NEIGHBORS)
+    fixed = 3 + 2 * neighbors
+
+    def in_bucket(w: Witness) -> int:
+        of_witness = _rows(witness.at_least(w, rows).inputs).bit_length() + fixed
+        return of_witness + rows.bit_length() + fixed + 1 + neighbors + bool(manifest.lengths)
+
+    return sum(map(in_bucket, witnesses.values()))
 
 
 def of_random_inputs(
@@ -99,20 +113,37 @@ def sampled(inputs: Arrays, rows: int, rng: np.random.Generator) -> dict[str, Ar
 def tile_by_tile(bundle: Bundle) -> Reference:
     """The bundle's graph, run on one tile after the other, each row where it lies."""
     compiled = {b: jax.jit(graph.call) for b, graph in bundle.graphs.items()}
-    tile, names = bundle.manifest.tile, [spec.name for spec in bundle.manifest.outputs]
+    manifest, weights = bundle.manifest, list(bundle.weights)
 
     def reference(bucket: LengthBucket, inputs: Arrays) -> Arrays:
-        ordered = [inputs[spec.name] for spec in bundle.manifest.inputs]
-        answers = [
-            compiled[bucket](list(bundle.weights), [a[start : start + tile] for a in ordered])
-            for start in range(0, _rows(inputs), tile)
-        ]
-        return {
-            name: np.concatenate([np.asarray(answer[i]) for answer in answers])
-            for i, name in enumerate(names)
-        }
+        def at_tile(weights: Any, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+            answers = compiled[bucket](weights, [rows[spec.name] for spec in manifest.inputs])
+            return {s.name: a for s, a in zip(manifest.outputs, answers, strict=True)}
+
+        return in_tiles(at_tile, weights, inputs, manifest.tile)
 
     return reference
+
+
+def of_training(forward: NamedForward, variables: Any, tile: int) -> Reference:
+    """R: the training forward, compiled here at the tile and at each length bucket."""
+    compiled = jax.jit(forward)
+
+    def reference(bucket: LengthBucket, inputs: Arrays) -> Arrays:
+        return in_tiles(compiled, variables, inputs, tile)
+
+    return reference
+
+
+def in_tiles(forward: NamedForward, variables: Any, inputs: Arrays, tile: int) -> dict[str, Array]:
+    """The outputs for `inputs`, of whole tiles, of a forward that is called tile by tile."""
+    answers = [
+        forward(
+            variables, {name: jnp.asarray(a[start : start + tile]) for name, a in inputs.items()}
+        )
+        for start in range(0, _rows(inputs), tile)
+    ]
+    return {name: np.concatenate([np.asarray(a[name]) for a in answers]) for name in answers[0]}
 
 
 def _beside_padding(program: Program, drawn: Witness, neighbor: str) -> Trial:
