@@ -17,20 +17,33 @@ BATCH_ROWS = 64
 def read_arrays(file: Path) -> dict[str, "np.ndarray[Any, Any]"]:
     """The arrays of an .npz, by name.
 
+    NumPy's files do not know bfloat16, which numpy.savez leaves there as two bytes without a type:
+    these are read as what they were.
+
     Raises:
       ConversionError: `file` is not one of plain arrays.
     """
+    import ml_dtypes
     import numpy as np
 
     from aqt_engine.convert import ConversionError
 
     try:
         with np.load(file) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            read = {name: arrays[name] for name in arrays.files}
     except (ValueError, AttributeError) as error:
         raise ConversionError(
             f"{file} is no .npz file of plain arrays ({error}): write it with numpy.savez"
         ) from error
+    for name, array in read.items():
+        if array.dtype == np.dtype("V2"):
+            read[name] = array.view(ml_dtypes.bfloat16)
+        elif array.dtype.kind not in "biuf":
+            raise ConversionError(
+                f"{file} has {name!r} as {array.dtype}, which JAX cannot compute in: save numbers "
+                f"or bools"
+            )
+    return read
 
 
 def batches(
