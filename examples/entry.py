@@ -70,11 +70,8 @@ class Model:
         return lambda inputs: at_tile(self._padded(inputs))
 
     def _padded(self, inputs: Arrays) -> Arrays:
-        rows = max(len(array) for array in inputs.values())
         padded: dict[str, np.ndarray] = {}
         for name, array in inputs.items():
-            if name in self.signature.per_request:
-                array = np.resize(array, rows)
             for axis, dim in enumerate(self.signature.shapes.get(name, ())):
                 if dim in self.signature.lengths:
                     size = min(s for s in self.signature.lengths[dim] if s >= array.shape[axis])
@@ -85,12 +82,12 @@ class Model:
 
 
 def forward_of(apply: Callable[..., Any], variables: Any, tile: int = CHUNK) -> Forward:
-    """`apply` with its variables, always computed at `tile` rows."""
+    """`apply` with its variables, always computed at `tile` rows; one scalar is for all rows."""
     compiled = jax.jit(apply)
 
     def forward(inputs: Arrays) -> Arrays:
-        rows = len(next(iter(inputs.values())))
-        whole = {k: v[np.arange(-(-rows // tile) * tile) % rows] for k, v in inputs.items()}
+        rows = max(map(len, inputs.values()))
+        whole = {k: v[np.arange(-(-rows // tile) * tile) % len(v)] for k, v in inputs.items()}
         tiles = [compiled(variables, **chunk) for chunk in in_chunks(whole, tile)]
         return {k: np.concatenate([np.asarray(t[k]) for t in tiles])[:rows] for k in tiles[0]}
 
@@ -98,10 +95,10 @@ def forward_of(apply: Callable[..., Any], variables: Any, tile: int = CHUNK) -> 
 
 
 def in_chunks(arrays: Arrays, rows: int) -> list[dict[str, np.ndarray]]:
-    """The rows of `arrays` in their order, so many at a time."""
-    total = len(next(iter(arrays.values())))
+    """The rows of `arrays` in their order, so many at a time, each with what is one for all."""
+    total = max(map(len, arrays.values()))
     return [
-        {name: array[start : start + rows] for name, array in arrays.items()}
+        {k: v if len(v) < total else v[start : start + rows] for k, v in arrays.items()}
         for start in range(0, total, rows)
     ]
 
