@@ -1,6 +1,7 @@
 """Folding: what variables alone decide is computed beforehand, and nothing else changes."""
 
 import equinox as eqx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import aqt_engine
 from aqt_engine import bundle, config, convert
 from aqt_engine.calibration import ConstantCalibration, MinMaxCalibration
 from aqt_engine.execution import Program
+from aqt_engine.flax import AqtDotGeneral
 from aqt_engine.functions import quantize
 from aqt_engine.modes import CalibrationMode
 from aqt_engine.ops import conv_general_dilated
@@ -117,6 +119,16 @@ def test_weights_in_closures_are_folded_too():
     w = normal(6, 8)
     stored = fold(lambda v, x: dense(x, w) + v["bias"], {"bias": normal(8)}, x=X)
     assert stored == {"bias": "float32", "closure/qvalue": "int8", "closure/scale": "float32"}
+
+
+def test_a_linen_model_needs_no_modes():
+    model = nn.Sequential([nn.Dense(6, dot_general=AqtDotGeneral(INT8)), nn.relu])
+    variables = model.init(jax.random.key(0), X)
+    assert fold(lambda v, x: model.apply(v, x), variables, x=X) == {
+        "params/layers_0/bias": "float32",
+        "params/layers_0/kernel/qvalue": "int8",
+        "params/layers_0/kernel/scale": "float32",
+    }
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, jax.jit], ids=["", "remat", "jit"])
