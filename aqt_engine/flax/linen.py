@@ -12,7 +12,6 @@ stores its scale rather than its values, and in SERVE reads it: give such a side
 the mode too.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,7 +25,6 @@ from aqt_engine.config import DotGeneral, Tensor
 from aqt_engine.context import Context
 from aqt_engine.flax import marks
 from aqt_engine.modes import QuantMode
-from aqt_engine.numerics import NoNumerics
 from aqt_engine.ops import tiled
 from aqt_engine.ops.axes import Axes, DimensionNumbers, DotAxes
 from aqt_engine.ops.dot_general import quantize_lhs, quantize_rhs
@@ -37,7 +35,8 @@ from aqt_engine.ops.tiling import Tiling
 from aqt_engine.provenance import Quantized
 from aqt_engine.qtensor import QTensor, Scale
 from aqt_engine.quantizer import shared_axes
-from aqt_engine.statistics import KnownBound, Statistics, StatisticsCalibration
+from aqt_engine.static import StaticSide
+from aqt_engine.statistics import Statistics, StatisticsCalibration
 
 
 class AqtDotGeneral(nn.Module):
@@ -192,19 +191,13 @@ class AqtDotGeneral(nn.Module):
             )
         calibration_axes = tensor.shared_by(operand.ndim, *axes)
         shared = shared_axes(tensor.calib_shared_axes, calibration_axes, operand.ndim)
-
-        def scale_of(statistics: Statistics) -> Scale:
-            assert not isinstance(tensor.numerics, NoNumerics)
-            bound = calibration.current_bound(statistics, operand, shared, tensor.numerics)
-            quantizer = tensor.quantizer(None)
-            known = dataclasses.replace(quantizer, calibration=KnownBound(bound))
-            return known.calibrate(operand, calibration_axes=shared)
+        static = StaticSide(tensor, calibration, shared)
 
         def empty() -> Statistics:
             return calibration.empty(operand, shared)
 
         if mode is QuantMode.SERVE:
-            return self._stored(name, lambda: scale_of(empty()))
+            return self._stored(name, lambda: static.current(empty(), operand))
         collection = self.statistics_collection
         if not self.is_initializing() and not (
             self.has_variable(collection, name) or self.is_mutable_collection(collection)
@@ -222,7 +215,8 @@ class AqtDotGeneral(nn.Module):
         if learns and self.is_mutable_collection(collection) and not self.is_initializing():
             statistics.value = calibration.update(before, operand, shared)
         # A delayed scale is that of the calls before; in CALIBRATE there is no reason to wait.
-        scale = scale_of(statistics.value if mode is QuantMode.CALIBRATE else before)
+        used = statistics.value if mode is QuantMode.CALIBRATE else before
+        scale = static.current(used, operand)
         if mode is QuantMode.CONVERT:
             count = before["count"]
             if not isinstance(count, jax.core.Tracer) and int(count) == 0:
