@@ -115,7 +115,7 @@ def _print(bundle: Path, manifest: "Manifest") -> None:
     for column in ("dtype", "bits", "shape", "scales", "bytes"):
         table.add_column(column, justify="right")
     for column in ("numerics", "calibration"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for layer in _layers(manifest):
         by = layer["quantized_by"]
         table.add_row(
