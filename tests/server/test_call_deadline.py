@@ -4,7 +4,6 @@ import asyncio
 
 import pytest
 
-from aqt_engine import bundle
 from aqt_engine.execution import Mode
 from aqt_server.batcher import Batcher
 from aqt_server.call import Call
@@ -18,7 +17,7 @@ from aqt_server.settings import Access, Limits, Tls
 from aqt_server.spans import Spans
 from aqt_server.statistics import Statistics
 from aqt_server.tracing import Tracer
-from bundles import SPECS
+from bundles import write_linear
 from server.messages import MODEL, request_of, x_of
 
 
@@ -29,18 +28,13 @@ def call(remaining_s):
 class OneModel:
     """A repository of one version, with a program that records the rows that it is given."""
 
-    def __init__(self):
+    def __init__(self, path):
         self.computed = []
         statistics = Statistics()
         self.servable = Servable(
             name=MODEL,
             version=1,
-            manifest=bundle.Manifest(
-                **SPECS,
-                **{"tile": 4, "weights": (), "float_nbytes": 0, "platforms": ()},
-                **{"tools": {}, "files": {}, "lengths": {}, "pads": {}},
-                **{"per_request": (), "tile_costs": {}},
-            ),
+            manifest=write_linear(path),
             exact=True,
             mode=Mode.EXACT,
             verdict="",
@@ -57,9 +51,9 @@ class OneModel:
         return {"y": inputs["x"][:, :4]}
 
 
-def test_the_deadline_of_the_call_reaches_the_queue():
+def test_the_deadline_of_the_call_reaches_the_queue(tmp_path):
     async def main():
-        model = OneModel()
+        model = OneModel(tmp_path / "1")
         guard = Guard(Access(), Tls())
         service = Service(
             repository=model,
