@@ -36,6 +36,7 @@ class Model:
       float_quality: the same of the model before quantization, or trained without.
       tile: the rows that are computed at once.
       signature: the lengths that a request may have, and its scalars.
+      made: what the factory stands for, where that is no linen model.
       calibration: inputs to learn static scales from, for a model that has them.
     """
 
@@ -48,6 +49,7 @@ class Model:
     float_quality: Callable[[], Quality]
     tile: int = 16
     signature: Signature = Signature()  # noqa: RUF009 - frozen
+    made: Callable[[], Convertible] | None = None
     calibration: Callable[[], Arrays] | None = None
 
     @property
@@ -57,9 +59,10 @@ class Model:
 
     def convertible(self) -> Convertible:
         """What the factory names, as a model that can be converted."""
+        if self.made is not None:
+            return self.made()
         module, _, name = self.factory.partition(":")
-        found = getattr(importlib.import_module(module), name)
-        return found if isinstance(found, Convertible) else LinenModel(found)
+        return LinenModel(getattr(importlib.import_module(module), name))
 
     def training_forward(self, variables: Any) -> Forward:
         """R: the model in TRAIN mode, compiled at the tile and at the request's own bucket."""

@@ -21,9 +21,10 @@ from examples.entry import Arrays, Forward, Model
 from examples.language.zoo import MODELS as LANGUAGE
 from examples.patients.zoo import MODELS as PATIENTS
 from examples.pipeline import aqt, console, save, server, size_on_disk, wait_ready
+from examples.search.zoo import MODELS as SEARCH
 from examples.sentences.zoo import MODELS as SENTENCES
 
-MODELS = {model.name: model for model in (*DIGITS, *SENTENCES, *LANGUAGE, *PATIENTS)}
+MODELS = {model.name: model for model in (*DIGITS, *SENTENCES, *LANGUAGE, *PATIENTS, *SEARCH)}
 
 OUT = Path("out/zoo")
 EXAMPLE_ROWS = 32

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from aqt_engine import QuantMode
-from examples.digits import convnet, model
+from aqt_engine.flax.nnx import split
+from examples.digits import convnet, model, perceptron
 from examples.digits.train import split_digits, train
 from examples.entry import Arrays, Forward, Model, Quality, answers, forward_of
 
@@ -51,6 +52,20 @@ def _float_quality(name: str) -> Quality:
     return quality(forward_of(_module(name).apply, _trained(name, False)))
 
 
+@functools.cache
+def _perceptron(fast: bool) -> Mapping[str, Any]:
+    epochs = 0 if fast else EPOCHS
+    return perceptron.train(perceptron.int8_model(), split_digits()[0], epochs=epochs)
+
+
+@functools.cache
+def _perceptron_float_quality() -> Quality:
+    model = perceptron.float_model()
+    trained = perceptron.train(model, split_digits()[0], epochs=EPOCHS)
+    graph = split(model)[0]
+    return quality(forward_of(lambda v, **inputs: graph.train(v, inputs), trained))
+
+
 def _model(name: str, summary: str, factory: str, float_name: str) -> Model:
     return Model(
         name=f"digits_{name}",
@@ -81,5 +96,15 @@ MODELS = (
         "the same, trained with int4 weights and activations",
         "examples.digits.convnet:int4_model",
         "conv_float",
+    ),
+    Model(
+        name="digits_nnx_int8",
+        summary="perceptron of handwritten digits in Flax nnx, quantized by rules, trained in int8",
+        factory="examples.digits.perceptron:int8_model",
+        made=lambda: split(perceptron.int8_model())[0],
+        variables=_perceptron,
+        inputs=inputs,
+        quality=quality,
+        float_quality=_perceptron_float_quality,
     ),
 )

@@ -1,0 +1,19 @@
+"""Models of the zoo that are not linen: an nnx model by rules, and a search by a function."""
+
+import pytest
+
+from aqt_engine import bundle
+from examples.serving_the_zoo import assert_no_float_copy, assert_served_exactly
+
+pytestmark = pytest.mark.slow
+
+
+def test_served_exactly_without_a_float_copy(tmp_path):
+    assert_served_exactly(["digits_nnx_int8", "search_int8"], tmp_path)
+    repository = tmp_path / "repository"
+    assert_no_float_copy(repository / "digits_nnx_int8" / "1", quantized=3)
+    assert_no_float_copy(repository / "search_int8" / "1", quantized=1)
+    (database,) = [
+        w for w in bundle.read_manifest(repository / "search_int8" / "1").weights if w.bits == 8
+    ]
+    assert database.shape == (1347, 64)
