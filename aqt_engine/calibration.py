@@ -241,9 +241,26 @@ class MinMaxCalibration(Calibration):
 
 
 def ceil_to_power_of_two(scale: jax.Array) -> jax.Array:
-    """The smallest power of two that is not below `scale`, elementwise."""
-    mantissa, exponent = jnp.frexp(scale)
-    return jnp.ldexp(jnp.ones_like(scale), jnp.where(mantissa == 0.5, exponent - 1, exponent))
+    """The smallest normal power of two that is not below `scale`, elementwise; NaN for NaN."""
+    info = jnp.finfo(scale.dtype)
+    mantissa = (1 << info.nmant) - 1
+    bits = jax.lax.bitcast_convert_type(scale, f"int{info.bits}")
+    # A mantissa that is not zero carries into the exponent.
+    power = jax.lax.bitcast_convert_type((bits + mantissa) & ~mantissa, scale.dtype)
+    return jnp.where(jnp.isnan(scale), scale, power)
+
+
+def inverse_power_of_two(scale: jax.Array) -> jax.Array:
+    """1 / scale of powers of two, without a division, which some devices approximate.
+
+    As in `reciprocal` it is 1 where that overflows, and where scale is too small to be normal.
+    """
+    info = jnp.finfo(scale.dtype)
+    bits = jax.lax.bitcast_convert_type(scale, f"int{info.bits}")
+    # The exponents of a float and of its inverse add up to twice the bias.
+    twice_the_bias = (2 * (1 - int(info.minexp))) << info.nmant
+    inverse = jax.lax.bitcast_convert_type(twice_the_bias - bits, scale.dtype)
+    return jnp.where(bits < (1 << info.nmant), jnp.ones_like(scale), inverse)
 
 
 def _search(

@@ -31,6 +31,9 @@ Conversion finds it by them; a policy of `jax.checkpoint` may save it by them. T
 jaxpr alone: nothing is compiled of them.
 """
 
+POWER_OF_TWO = "aqt_power_of_two"
+"""The name, in the same manner, of what is computed and is a power of two."""
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,

@@ -15,11 +15,13 @@ from aqt_engine.calibration import (
     AbsMaxCalibration,
     Calibration,
     ceil_to_power_of_two,
+    inverse_power_of_two,
     reciprocal,
 )
 from aqt_engine.context import Context
+from aqt_engine.materialization import materialized
 from aqt_engine.numerics import NoNumerics, Numerics
-from aqt_engine.qtensor import QTensor, Scale
+from aqt_engine.qtensor import POWER_OF_TWO, QTensor, Scale
 
 SharedAxes = int | Sequence[int] | Literal["per_tensor"] | None
 Gradient = Callable[[jax.Array], jax.Array]
@@ -87,10 +89,18 @@ class Quantizer:
         numerics = self._numerics()
         scale = scale.marked()
         shifted = x if scale.bias is None else x + scale.bias
-        scaled = shifted * reciprocal(scale.scale)
+        if self.po2_scale:
+            scale = dataclasses.replace(scale, scale=checkpoint_name(scale.scale, POWER_OF_TWO))
+            inverse = checkpoint_name(inverse_power_of_two(scale.scale), POWER_OF_TWO)
+        else:
+            inverse = reciprocal(scale.scale)
+        scaled = shifted * inverse
         qvalue = checkpoint_name(numerics.quantize(scaled, self.context.key), "aqt_qvalue")
         gradient = Partial(_straight_through, numerics.gradient_mask(scaled))
-        return QTensor(qvalue, scale.scale, x.dtype, scale.bias), gradient
+        # As SERVE reads them, so that what follows is compiled alike.
+        factor = materialized(scale.scale)
+        bias = None if scale.bias is None else materialized(scale.bias)
+        return QTensor(qvalue, factor, x.dtype, bias), gradient
 
     def fake_quant(
         self, x: jax.Array, calibration_axes: int | Sequence[int] | None = None
