@@ -57,6 +57,7 @@ _ADDED_IN_2: Mapping[str, Any] = {
     "per_request": [],
     "tile_costs": {},
     "provenance": dataclasses.asdict(Provenance.of({})),
+    "portable": False,
 }
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
@@ -116,6 +117,7 @@ def write(
     per_request: tuple[str, ...] = (),
     tile_costs: Mapping[int, TileCost] = _NONE,
     quantized: Mapping[str, Quantized] = _NONE,
+    portable: bool = False,
     check: Callable[[Bundle], None] = lambda written: None,
 ) -> Manifest:
     """Writes a bundle at `path`, whole or not at all, and returns its manifest.
@@ -166,6 +168,7 @@ def write(
             per_request=per_request,
             tile=tile,
             tile_costs={str(rows): cost for rows, cost in tile_costs.items()},
+            portable=portable,
             weights=tuple(
                 WeightSpec(name=k, dtype=v.dtype.name, shape=v.shape, role=roles[k])
                 for k, v in weights.items()

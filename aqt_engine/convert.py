@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_engine import bundle, graphs, proof, tiles
+from aqt_engine import bundle, graphs, portability, proof, tiles
 from aqt_engine.bundle import Arrays, Bundle
 from aqt_engine.convertible import ConversionError as ConversionError
-from aqt_engine.convertible import Convertible, Leaf, LinenModel, ModelFactory
+from aqt_engine.convertible import Convertible, Leaf, LinenModel, ModelFactory, Serving
 from aqt_engine.execution import Program
 from aqt_engine.functions import QuantizedFunction
 from aqt_engine.functions.folding import Function as Function
@@ -30,6 +30,7 @@ from aqt_engine.rows import Op, first_mixing, mixing
 from aqt_engine.signature import Signature as Signature
 
 DEFAULT_TILE = 16
+_MAX_FINDINGS = 10
 _PLAIN = Signature()
 
 
@@ -41,6 +42,7 @@ def convert(
     *,
     signature: Signature = _PLAIN,
     tile: int | tiles.Measure = DEFAULT_TILE,
+    portable: bool = False,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> bundle.Manifest:
     """Writes the model as a bundle at `path` (`.../NAME/VERSION`) and returns its manifest.
@@ -58,13 +60,16 @@ def convert(
       tile: the number of rows at which the model is compiled, here and on every server; or how to
         measure what each costs, `tiles.measured`, and the cheapest is taken. The default is a
         number, so that the same call gives the same bits everywhere.
+      portable: whether answers shall have the same bits on every platform, and not only those of
+        the training forward on the same one. Scales have to be powers of two (`po2_scale`).
       on_stage: told what is being done, for whoever watches.
 
     Raises:
       ConversionError: the example has no rows or unequal ones, or does not fit the signature; an
-        output is no array with the rows of its inputs; nothing is quantized; or answers are not
-        exact: an operation mixes the rows of a batch, or the proof finds that they differ from
-        training or depend on other rows. The operation is named as far as it can be found.
+        output is no array with the rows of its inputs; nothing is quantized; answers are not exact:
+        an operation mixes the rows of a batch, or the proof finds that they differ from training or
+        depend on other rows; or they shall be `portable` and an operation is not. The operation is
+        named as far as it can be found.
       FileExistsError: `path` exists.
     """
     if isinstance(tile, int) and tile < 2:
@@ -99,6 +104,11 @@ def convert(
         for bucket, of in rows.items()
     }
 
+    if portable:
+        on_stage("Looking for operations that are not portable")
+        for bucket in signature.buckets:
+            _refuse_if_not_portable(serving, structs(bucket))
+
     on_stage("Exporting the serving graph")
     made = graphs.exported(serving, {bucket: structs(bucket) for bucket in signature.buckets})
 
@@ -128,6 +138,7 @@ def convert(
         tile=tile,
         tile_costs=costs,
         quantized=_of_weights(serving.quantized, made.weights),
+        portable=portable,
         weights={leaf.name: np.asarray(leaf.value) for leaf in made.weights},
         roles={leaf.name: leaf.role for leaf in made.weights},
         float_nbytes=sum(leaf.nbytes for leaf in jax.tree.leaves(variables)),
@@ -191,3 +202,13 @@ def _suspect(op: Op | None) -> str:
         f"The first operation whose result for a row depends on the other rows, or on where the "
         f"row lies, is {op}"
     )
+
+
+def _refuse_if_not_portable(serving: Serving, inputs: graphs.Structs) -> None:
+    found = portability.findings(serving, inputs)
+    if found:
+        raise ConversionError(
+            "the model cannot have the same bits on every platform: "
+            + "; ".join(map(str, found[:_MAX_FINDINGS]))
+            + (f"; and {len(found) - _MAX_FINDINGS} more" if len(found) > _MAX_FINDINGS else "")
+        )

@@ -147,9 +147,10 @@ class Manifest:
     the value in `pads` (0 for inputs that are not there). An input in `per_request` is one scalar
     for all rows of a request. `tile` is the number of rows at which the graphs compute;
     `tile_costs` is what each was measured to cost where it was chosen, and empty if it was given.
-    `weights` stand in the order of the graphs' arguments; `inputs` follow them. `float_nbytes` is
-    the size of the weights before conversion. `provenance` has the configurations that the weights
-    were quantized by.
+    With `portable`, the operations were found to give the same bits on every platform. `weights`
+    stand in the order of the graphs' arguments; `inputs` follow them. `float_nbytes` is the size of
+    the weights before conversion. `provenance` has the configurations that the weights were
+    quantized by.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -161,6 +162,7 @@ class Manifest:
     per_request: tuple[str, ...]
     tile: _Size
     tile_costs: Mapping[str, TileCost]
+    portable: bool
     weights: tuple[WeightSpec, ...]
     provenance: Provenance
     float_nbytes: _Size

@@ -81,6 +81,12 @@ def convert(
             "measured on this machine and the cheapest is taken."
         ),
     ] = None,
+    portable: Annotated[
+        bool,
+        typer.Option(
+            help="Refuse a model whose bits depend on the platform, and name the operations."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Converts a trained model for serving, and proves that it still answers what was trained."""
@@ -116,6 +122,7 @@ def convert(
             output,
             signature=declared,
             tile=measured if tile is None else tile,
+            portable=portable,
             on_stage=show,
         )
     if as_json:

@@ -82,6 +82,7 @@ def _document(bundle: Path, manifest: "Manifest") -> dict[str, Any]:
         "per_request": list(manifest.per_request),
         "tile": manifest.tile,
         "tile_costs": {k: dataclasses.asdict(cost) for k, cost in manifest.tile_costs.items()},
+        "portable": manifest.portable,
         "platforms": list(manifest.platforms),
         "tools": dict(manifest.tools),
         "layers": _layers(manifest),
@@ -137,7 +138,8 @@ def _print(bundle: Path, manifest: "Manifest") -> None:
     )
     console.print(
         f"{manifest.float_nbytes:,} bytes of float weights became {manifest.nbytes:,}; "
-        f"tile of {manifest.tile} rows; for {', '.join(manifest.platforms)}; written with "
+        f"tile of {manifest.tile} rows; for {', '.join(manifest.platforms)}"
+        f"{', the same bits on each' if manifest.portable else ''}; written with "
         + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
         soft_wrap=True,
     )

@@ -119,7 +119,7 @@ def test_a_manifest_is_signed_as_the_format_has_it(own):
 
 def test_a_manifest_of_format_1_is_read(own):
     document = json.loads((own / "manifest.json").read_text())
-    for added in ("lengths", "pads", "per_request", "tile_costs"):
+    for added in ("lengths", "pads", "per_request", "tile_costs", "portable"):
         del document[added]
     (own / "manifest.json").write_text(signed(document | {"format_version": 1}))
     manifest = bundle.load(own).manifest
