@@ -20,6 +20,7 @@ _log = logging.getLogger(__name__)
 _DEFECT = "the server failed to compute this request, which is a defect of it: its log says more"
 _GUARDED = {
     "grpc.health.v1.Health": Action.HEALTH,
+    "grpc.reflection.v1.ServerReflection": Action.REFLECTION,
     "grpc.reflection.v1alpha.ServerReflection": Action.REFLECTION,
 }
 
@@ -107,7 +108,10 @@ class Door:
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
-    """Asks who calls health and reflection, which are not our own services."""
+    """Asks for the tokens of who calls health and reflection, which are not our own services.
+
+    Without tokens there is nothing to ask: a client certificate was shown to the connection.
+    """
 
     def __init__(self, guard: Guard):
         self._guard = guard
@@ -121,14 +125,13 @@ class Interceptor(grpc.aio.ServerInterceptor):
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         """The handler of the call, or one that refuses it."""
         handler = await continuation(handler_call_details)
-        authenticator = self._guard.authenticator
-        action = _GUARDED.get((handler_call_details.method or "").split("/")[1])
-        # Without tokens, the connection itself was accepted for the client's certificate.
-        if handler is None or action is None or not authenticator.by_token:
+        service = (handler_call_details.method or "").removeprefix("/").partition("/")[0]
+        action = _GUARDED.get(service)
+        if handler is None or action is None:
             return handler
         headers = {n: _text(v) for n, v in handler_call_details.invocation_metadata or ()}
         try:
-            principal = authenticator.identify(headers.get("authorization"), None)
+            principal = self._guard.authenticator.identify(headers.get("authorization"), None)
             self._guard.check(principal, action)
         except RequestError as error:
             return _refusing(handler, error)
