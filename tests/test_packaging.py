@@ -93,5 +93,5 @@ def test_what_is_installed_runs_without_the_source(installed, tmp_path):
     assert [Path(f).parent for f in files] == [installed / p for p in sorted(PACKAGES)]
     command = "from aqt_cli.main import app; app()"
     helped = run("-P", "-c", command, "--help", cwd=tmp_path, env=environment)
-    for name in ("convert", "inspect", "verify", "serve", "predict"):
+    for name in ("convert", "inspect", "verify", "serve", "top", "predict"):
         assert name in helped

@@ -7,6 +7,7 @@ from aqt_server.call import Call
 from aqt_server.errors import InvalidRequest, NotSupported
 from aqt_server.logs import LogSettings
 from aqt_server.model_config import model_config, model_statistics
+from aqt_server.rate_limit import RateLimiter
 from aqt_server.repository import Repository, State
 from aqt_server.security.authentication import Principal
 from aqt_server.security.authorization import Action, Guard
@@ -40,6 +41,7 @@ class Administration:
         self._regions = collections.defaultdict[Principal, Regions](
             lambda: Regions(limits.max_tensor_bytes)
         )
+        self._rates = RateLimiter(limits.rate_per_s, limits.rate_burst)
         self._tracer = tracer
         self._logs = logs
         self._spans = spans

@@ -165,7 +165,8 @@ class Batcher:
         if self.pending_rows + max(1, rows) > self._queue_rows:
             raise Overloaded(
                 f"{self.pending_rows} rows are waiting and {rows} more do not fit into the queue "
-                f"of {self._queue_rows}: send the request again later"
+                f"of {self._queue_rows}: send the request again later",
+                retry_s=self._statistics.expected_s(self.pending_rows),
             )
 
     def _remove(self, waiting: _Waiting) -> bool:

@@ -7,7 +7,7 @@ RequestError
     NotServable        FAILED_PRECONDITION the version was refused; asking again will not help
     NotPermitted       FAILED_PRECONDITION the server's settings do not allow it
     NotReady           UNAVAILABLE         the version is still loading, or the server is stopping
-    Overloaded         RESOURCE_EXHAUSTED  the queue is full; asking later may help
+    Overloaded         RESOURCE_EXHAUSTED  a full queue, or too many calls; asking later helps
     DeadlineExceeded   DEADLINE_EXCEEDED   its time was up before it was computed
     Unauthenticated    UNAUTHENTICATED     it is not known who calls
     PermissionDenied   PERMISSION_DENIED   who calls may not do this
@@ -79,10 +79,14 @@ class NotReady(RequestError):
 
 
 class Overloaded(RequestError):
-    """The model's queue is full."""
+    """The model's queue is full, or the client calls too often; `retry_s` is when to come again."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = FailureReason.REJECTED
+
+    def __init__(self, sentence: str, *, retry_s: float):
+        super().__init__(sentence)
+        self.retry_s = retry_s
 
 
 class DeadlineExceeded(RequestError):

@@ -7,6 +7,7 @@ is refused: a page must not unload a model because its reader can reach the serv
 import asyncio
 import json
 import logging
+import math
 import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -15,7 +16,7 @@ import grpc
 from aiohttp import web
 
 from aqt_server.call import Call
-from aqt_server.errors import InvalidRequest
+from aqt_server.errors import InvalidRequest, Overloaded
 from aqt_server.metrics import Metrics
 from aqt_server.rpc import status_of
 from aqt_server.security.authentication import Principal
@@ -111,6 +112,8 @@ async def errors_in_json(request: web.Request, handler: Handler) -> web.StreamRe
     except Exception as error:
         code, sentence = status_of(error)
         response = answer_in_json({"error": sentence}, status=_STATUSES.get(code, 500))
+        if isinstance(error, Overloaded):
+            response.headers["Retry-After"] = str(math.ceil(error.retry_s))
         if response.status == 401:
             response.headers["WWW-Authenticate"] = "Bearer"
         return response

@@ -32,7 +32,9 @@ class Profiler:
                 f"`seconds` is {seconds}: send a number above 0, up to {self._max_s:g}"
             )
         if self._taking:
-            raise Overloaded("a profile is being taken: ask again when it is done")
+            raise Overloaded(
+                "a profile is being taken: ask again when it is done", retry_s=self._max_s
+            )
         self._taking = True
         now = datetime.datetime.now(datetime.UTC)
         target = self._directory / now.strftime("%Y%m%dT%H%M%S.%fZ")

@@ -1,17 +1,19 @@
 """The gRPC door: calls of the service to `Service.answer`, and its errors to statuses."""
 
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, cast
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
 
 from aqt_protos import SERVICE_NAME
 from aqt_protos import open_inference_pb2 as pb
 from aqt_server.call import Call
-from aqt_server.errors import RequestError
+from aqt_server.errors import Overloaded, RequestError
 from aqt_server.security.authorization import Action, Guard
 from aqt_server.service import Service
 from aqt_server.streaming import answer_in_order
@@ -23,6 +25,8 @@ _GUARDED = {
     "grpc.reflection.v1.ServerReflection": Action.REFLECTION,
     "grpc.reflection.v1alpha.ServerReflection": Action.REFLECTION,
 }
+
+_DETAILS = "grpc-status-details-bin"
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -65,7 +69,8 @@ class Door:
                 return await self._service.answer(rpc, request, self._call(context))
             except Exception as error:
                 code, sentence = status_of(error)
-            await context.abort(code, sentence)
+                details = _details(error)
+            await context.abort(code, sentence, details)
 
         return unary
 
@@ -151,6 +156,17 @@ def _refusing(
         (True, True): grpc.stream_stream_rpc_method_handler,
     }[handler.request_streaming, handler.response_streaming]
     return cast(Any, made)(refuse)
+
+
+def _details(error: Exception) -> tuple[tuple[str, bytes], ...]:
+    """Metadata that says when to come again, as google.rpc has it; for other errors nothing."""
+    if not isinstance(error, Overloaded):
+        return ()
+    info = error_details_pb2.RetryInfo()
+    info.retry_delay.FromMilliseconds(math.ceil(error.retry_s * 1e3))
+    status = status_pb2.Status(code=error.code.value[0], message=str(error))
+    status.details.add().Pack(info)
+    return ((_DETAILS, status.SerializeToString()),)
 
 
 def _write(message: Message) -> bytes:

@@ -21,7 +21,7 @@ from aqt_server.call import Call
 from aqt_server.errors import RequestError
 from aqt_server.model_config import PLATFORM
 from aqt_server.records import about
-from aqt_server.security.authorization import needed
+from aqt_server.security.authorization import Action, needed
 
 _log = logging.getLogger(__name__)
 _EXTENSIONS = (
@@ -58,6 +58,8 @@ class Service(Administration):
             with self._spans.request(call.headers, asked), about(asked):
                 try:
                     self._guard.check(call.principal, action, model)
+                    if action is not Action.HEALTH:
+                        self._rates.check(call)
                     method: Any = getattr(self, rpc)
                     return await method(request, call)
                 except BaseException as error:

@@ -200,6 +200,18 @@ class Limits:
             "memory; tensors in binary do not count",
         ),
     ] = 16 * MIB
+    rate_per_s: Annotated[
+        PositiveFloat | None,
+        Field(
+            title="CALLS",
+            description="a second that each client may make, health aside; a client is who calls, "
+            "or its address. Set it where one client could take all from the others",
+        ),
+    ] = None
+    rate_burst: Annotated[
+        PositiveInt,
+        Field(title="CALLS", description="that a client may make at once under --rate-per-s"),
+    ] = 100
     max_tensor_bytes: Annotated[
         PositiveInt,
         Field(

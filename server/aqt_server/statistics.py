@@ -89,6 +89,12 @@ class Statistics:
         """Batches that were computed."""
         return sum(stages.infer.count for stages in self.batches.values())
 
+    def expected_s(self, rows: int) -> float:
+        """Seconds that `rows` more rows take to compute, by the mean so far; from 0.01 to 10."""
+        done = sum(size * stages.infer.count for size, stages in self.batches.items())
+        took_ns = sum(stages.infer.ns for stages in self.batches.values())
+        return min(10.0, max(0.01, took_ns / 1e9 * rows / max(1, done)))
+
     def succeeded(self, times: Times, *, arrived: int, rows: int) -> None:
         """Counts a request of `rows` rows that arrived at `arrived` and is answered now."""
         took = time.monotonic_ns() - arrived
