@@ -101,7 +101,7 @@ def sampled(inputs: Arrays, rows: int, rng: np.random.Generator) -> dict[str, Ar
             return rng.integers(0, 2, shape).astype(bool)
         if array.dtype.kind in "iu":
             low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
-            return rng.integers(low, high, shape, endpoint=True).astype(array.dtype)
+            return rng.integers(low, high, shape, dtype=array.dtype.type, endpoint=True)
         wide = array.astype(np.float64)
         finite = wide[np.isfinite(wide)]
         center, spread = (finite.mean(), finite.std()) if finite.size else (0.0, 1.0)

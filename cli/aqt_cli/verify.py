@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aqt_cli.failures import as_sentence
-from aqt_cli.sources import batches, load_factory, read_arrays
+from aqt_cli.models import load_model
+from aqt_cli.sources import batches, read_arrays
 
 if TYPE_CHECKING:
     from aqt_engine.bundle import Bundle
@@ -33,7 +34,7 @@ def verify(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="PACKAGE.MODULE:FACTORY", help="The model of the checkpoint, as for convert."
+            metavar="PACKAGE.MODULE:NAME", help="The model of the checkpoint, as for convert."
         ),
     ] = None,
     calibration: Annotated[
@@ -105,11 +106,10 @@ class _Trained:
         import jax
         import jax.numpy as jnp
 
-        from aqt_engine.checkpoint import load_variables
         from aqt_engine.convert import as_convertible, calibrate
 
-        model = as_convertible(load_factory(reference))
-        variables = load_variables(checkpoint)
+        named, variables = load_model(reference, checkpoint)
+        model = as_convertible(named)
         if calibration is not None:
             variables = calibrate(model, variables, batches(read_arrays(calibration)))
         return cls(model, jax.tree.map(jnp.asarray, variables))

@@ -33,7 +33,6 @@ class Executor:
         manifest = loaded.manifest
         arrays = itertools.chain(manifest.inputs, manifest.outputs, manifest.weights)
         self._in_64_bits = any(np.dtype(spec.dtype).itemsize == 8 for spec in arrays)
-        self._bundle = loaded
         with jax.enable_x64(self._in_64_bits):
             self._program = Program(loaded, max_rows=max_batch_rows, mode=mode)
             for length_bucket in manifest.length_buckets:
@@ -47,15 +46,17 @@ class Executor:
         with jax.enable_x64(self._in_64_bits):
             return self._program(inputs)
 
-    def prove(self, *, more_s: float) -> "Proof":
-        """The witness in every executable; for `more_s` seconds more all that can be tried."""
-        manifest, witnesses = self._bundle.manifest, self._bundle.witnesses
+    def prove(self, loaded: Bundle, *, more_s: float) -> "Proof":
+        """The witness in every executable; for `more_s` seconds more all that can be tried.
+
+        `loaded` is the bundle that the executor was made of, which it does not keep.
+        """
         rows = self._program.max_rows
-        needed = proof.executables(manifest, witnesses, rows)
+        needed = proof.executables(loaded.manifest, loaded.witnesses, rows)
         ends = None
         passed, failed, stopped = 0, list[str](), False
         with jax.enable_x64(self._in_64_bits):
-            for trial, verdict in self._trials(rows):
+            for trial, verdict in self._trials(loaded, rows):
                 passed += verdict.exact
                 if not verdict.exact:
                     failed.append(f"{trial}, it is {verdict}")
@@ -69,10 +70,10 @@ class Executor:
                     break
         return Proof(passed=passed, failed=tuple(failed), whole=not stopped)
 
-    def _trials(self, rows: int) -> Iterator[proof.Trial]:
-        manifest, witnesses = self._bundle.manifest, self._bundle.witnesses
-        yield from proof.of_witnesses(self._program, manifest, witnesses, rows=rows)
-        reference = proof.tile_by_tile(self._bundle)
+    def _trials(self, loaded: Bundle, rows: int) -> Iterator[proof.Trial]:
+        witnesses = loaded.witnesses
+        yield from proof.of_witnesses(self._program, loaded.manifest, witnesses, rows=rows)
+        reference = proof.tile_by_tile(loaded)
         yield from proof.of_random_inputs(self._program, reference, witnesses)
 
 
@@ -122,7 +123,7 @@ def load(
     """
     loaded = bundle.load(path)
     executor = Executor(loaded, max_batch_rows=max_batch_rows, mode=mode)
-    found = executor.prove(more_s=proof_s if mode is Mode.EXACT else 0)
+    found = executor.prove(loaded, more_s=proof_s if mode is Mode.EXACT else 0)
     if mode is Mode.FAST:
         verdict = f"fast: bits may differ with the batch; tried on the witness, {found}"
         return Loaded(
