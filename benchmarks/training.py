@@ -5,7 +5,8 @@
 A step is forward, backward and AdamW update, compiled. In each repeat every configuration of a
 model takes its turn, in another order each time, and is divided by the float step of the same
 repeat: what slows the machine down slows both. The table gives the median of the ratios and their
-quartiles. It runs on whatever device JAX finds, and names it.
+quartiles. It runs on whatever device JAX finds, and names it. On a CPU the ratios are also given of
+processor time, summed over threads, which hardly changes with what else the machine does.
 """
 
 import argparse
@@ -155,27 +156,37 @@ def stepper(model: _Model, shape: tuple[int, ...]) -> Callable[[], None]:
     return run
 
 
-def measure(steppers: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of one step, by configuration, for each repeat; a repeat is in random order."""
+Times = dict[str, list[tuple[float, float]]]
+"""By configuration, for each repeat: seconds of one step, and seconds of all processors."""
+
+
+def measure(steppers: dict[str, Callable[[], None]], repeats: int) -> Times:
+    """The times of every configuration, each repeat in random order."""
     order = np.random.default_rng(0)
-    seconds: dict[str, list[float]] = {name: [] for name in steppers}
+    times: Times = {name: [] for name in steppers}
     for _ in range(repeats):
         for name in order.permutation(list(steppers)):
-            start = time.perf_counter()
+            before = time.perf_counter(), time.process_time()
             steppers[name]()
-            seconds[name].append((time.perf_counter() - start) / STEPS)
-    return seconds
+            after = time.perf_counter(), time.process_time()
+            elapsed, processor = (np.subtract(after, before) / STEPS).tolist()
+            times[name].append((elapsed, processor))
+    return times
 
 
-def rows_of(name: str, dtype: Any, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
+def rows_of(name: str, dtype: Any, times: Times) -> list[dict[str, Any]]:
     """What is reported of one model in one dtype."""
-    reference = np.array(seconds["float"])
+    reference = np.array(times["float"])
     found = []
-    for configuration, own in seconds.items():
-        low, middle, high = np.percentile(np.array(own) / reference, (25, 50, 75))
+    for configuration, own in times.items():
+        low, middle, high = np.percentile(np.array(own) / reference, (25, 50, 75), axis=0)
         row = {"model": name, "dtype": np.dtype(dtype).name, "configuration": configuration}
-        row |= {"ms": float(np.median(own)) * 1e3, "ratio": float(middle)}
-        found.append(row | {"quartiles": [float(low), float(high)], "seconds": own})
+        row |= {"ms": float(np.median(own, axis=0)[0]) * 1e3, "ratio": float(middle[0])}
+        row |= {"quartiles": [float(low[0]), float(high[0])]}
+        if jax.default_backend() == "cpu":
+            row |= {"processor_ratio": float(middle[1])}
+            row |= {"processor_quartiles": [float(low[1]), float(high[1])]}
+        found.append(row | {"seconds": own})
     return found
 
 
@@ -183,13 +194,19 @@ def show(rows: Sequence[dict[str, Any]], *, markdown: bool) -> None:
     table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD)
     for column in ("model", "dtype", "configuration"):
         table.add_column(column, no_wrap=True)
-    for column in ("ms a step", "x float", "quartiles"):
-        table.add_column(column, justify="right", no_wrap=True)
+    measured = [kind for kind in ("", "processor_") if f"{kind}ratio" in rows[0]]
+    for kind in measured:
+        table.add_column(f"x float{', processor' if kind else ''}", justify="right", no_wrap=True)
+        table.add_column("quartiles", justify="right", no_wrap=True)
+    table.add_column("ms a step", justify="right", no_wrap=True)
     for row in rows:
-        quartiles = "{:.2f} to {:.2f}".format(*row["quartiles"])
-        figures = (f"{row['ms']:.1f}", f"{row['ratio']:.2f}", quartiles)
-        table.add_row(row["model"], row["dtype"], row["configuration"], *figures)
-    Console(width=max(120, Console().width)).print(table)
+        figures: list[str] = []
+        for kind in measured:
+            quartiles = "{:.2f} to {:.2f}".format(*row[f"{kind}quartiles"])
+            figures += [f"{row[f'{kind}ratio']:.2f}", quartiles]
+        names = (row["model"], row["dtype"], row["configuration"])
+        table.add_row(*names, *figures, f"{row['ms']:.1f}")
+    Console(width=max(140, Console().width)).print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -202,6 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--repeats", type=int, default=15, help="default: %(default)s")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    names = [np.dtype(dtype).name for dtype in DTYPES]
+    parser.add_argument("--dtypes", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="tiny: only shows that it runs")
     options = parser.parse_args(arguments)
     before = environment()
@@ -209,14 +228,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.models:
         model, sizes = MODELS[name]
         sizes = QUICK if options.quick else sizes
-        for dtype in DTYPES[:1] if options.quick else DTYPES:
+        for dtype in map(jnp.dtype, options.dtypes[:1] if options.quick else options.dtypes):
             steppers = {}
             for configuration, quantized in CONFIGURATIONS.items():
                 instance = model(quantized, dtype, sizes.channels)
                 steppers[configuration] = stepper(instance, model.shape(sizes))
             print(f"{name}, {np.dtype(dtype).name}: compiled", file=sys.stderr, flush=True)
-            seconds = measure(steppers, 2 if options.quick else options.repeats)
-            rows += rows_of(name, dtype, seconds)
+            times = measure(steppers, 2 if options.quick else options.repeats)
+            rows += rows_of(name, dtype, times)
     show(rows, markdown=options.markdown)
     Console().print(
         f"{options.repeats} repeats of {STEPS} steps; {described(before)}", soft_wrap=True
