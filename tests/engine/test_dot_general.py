@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import subprocess
 import sys
 
@@ -369,6 +370,21 @@ mapped = jax.shard_map(
     lambda a, b: c(a, b, matmul), mesh=mesh, in_specs=(P("x", None), P()), out_specs=P("x", None)
 )
 assert (np.asarray(mapped(lhs, rhs)).view(np.uint32) == np.asarray(alone).view(np.uint32)).all()
+from aqt_engine.ops import TileCount, Tiling, ragged_dot, tiled_dot_general
+experts = jnp.asarray(rng.normal(size=(4, 64, 16)), jnp.float32)
+sizes = jnp.asarray([3, 0, 4, 1])
+tiling = Tiling((TileCount(1, 2),))
+for op, right, right_specs in (
+    (lambda a, b: ragged_dot(a, b, sizes, config=c), experts, (P("x"), P(None, None, "x"))),
+    (lambda a, b: tiled_dot_general(a, b, matmul, config=c, tiling=tiling), rhs, (P(None, "x"),)),
+):
+    alone = jax.jit(op)(lhs, right)
+    for left_spec, right_spec in ((P("x", None), P()), *((P(), spec) for spec in right_specs)):
+        a = jax.device_put(lhs, NamedSharding(mesh, left_spec))
+        b = jax.device_put(right, NamedSharding(mesh, right_spec))
+        together = jax.jit(op)(a, b)
+        same = np.asarray(together).view(np.uint32) == np.asarray(alone).view(np.uint32)
+        assert same.all(), (left_spec, right_spec)
 print(len(jax.devices()), "devices")
 """
 
@@ -377,7 +393,8 @@ print(len(jax.devices()), "devices")
 def test_sharded_over_devices_gives_the_same_bits():
     run = subprocess.run(
         [sys.executable, "-c", SHARDED],
-        env={"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"},
+        env=os.environ
+        | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=120,
