@@ -16,13 +16,20 @@ from examples.digits.demo import training_forward
 from examples.digits.model import int8_model
 from examples.digits.train import split_digits, train
 from examples.pipeline import save
-from server_process import AQT, WAIT_S, serving
+from server_process import AQT, WAIT_S, environment, serving
 
 pytestmark = pytest.mark.slow
 
 
 def aqt(*arguments):
-    return subprocess.run([AQT, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [AQT, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        # Wide enough that tables do not fold the names that are looked for.
+        env=environment(COLUMNS="200"),
+    )
 
 
 @pytest.fixture(scope="module")
