@@ -51,20 +51,24 @@ class Administration:
     async def ModelConfig(self, request: pb.ModelConfigRequest, call: Call):
         """How a version is served."""
         servable = self._repository.get(request.name, request.version)
-        return pb.ModelConfigResponse(config=model_config(servable))
+        return pb.ModelConfigResponse(
+            config=model_config(servable, self._repository.policy(servable.name).versions)
+        )
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, call: Call):
         """Counts and durations of a version, of all of a model's, or of all."""
+        number = None
         if request.name:
-            # For its error, if there is none of that name or number.
-            self._repository.get(request.name, request.version)
+            # Also for its error, if there is none of that name or number.
+            servable = self._repository.get(request.name, request.version)
+            number = servable.version if request.version else None
         return pb.ModelStatisticsResponse(
             model_stats=[
                 model_statistics(servable)
                 for servable in self._repository.ready()
                 if request.name in ("", servable.name)
                 and self._guard.allows(call.principal, Action.READ, servable.name)
-                and request.version in ("", str(servable.version))
+                and number in (None, servable.version)
             ]
         )
 

@@ -128,6 +128,7 @@ class Metrics:
             _batch_rows(ready),
             _modes(ready),
             await self._versions(),
+            self._loads(),
             _latencies(ready),
             *_device_memory(),
             self._by_status(),
@@ -155,6 +156,14 @@ class Metrics:
         family = GaugeMetricFamily("aqt_model_versions", "Versions by state", labels=["state"])
         for state in State:
             family.add_metric([state], states[state])
+        return family
+
+    def _loads(self) -> Metric:
+        family = CounterMetricFamily(
+            "aqt_model_loads", "Loads of versions by what came of them", labels=["model", "outcome"]
+        )
+        for (name, outcome), count in sorted(self._repository.loads.items()):
+            family.add_metric([name, outcome], count)
         return family
 
 

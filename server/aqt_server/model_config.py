@@ -6,6 +6,7 @@ from aqt_engine.bundle import TensorSpec
 from aqt_protos import open_inference_pb2 as pb
 from aqt_server import codec
 from aqt_server.batcher import DEFAULT_PRIORITY, PRIORITY_LEVELS
+from aqt_server.policies import Versions
 from aqt_server.repository import Servable
 from aqt_server.statistics import Duration, Stages
 
@@ -15,8 +16,10 @@ PLATFORM = "aqt_stablehlo"
 _Group = pb.ModelInstanceGroup
 
 
-def model_config(servable: Servable) -> pb.ModelConfig:
+def model_config(servable: Servable, versions: Versions) -> pb.ModelConfig:
     """How `servable` is served: its signature, batches, priorities and device.
+
+    `versions` says which versions of its model are.
 
     Its `parameters` say whether it is exact, in which mode and by what proof; the tile at which it
     computes; the buckets of its symbolic dimensions; and the inputs that are one scalar for all
@@ -26,7 +29,7 @@ def model_config(servable: Servable) -> pb.ModelConfig:
         name=servable.name,
         platform=PLATFORM,
         backend="aqt",
-        version_policy=pb.ModelVersionPolicy(all=pb.ModelVersionPolicy.All()),
+        version_policy=_version_policy(versions),
         max_batch_size=servable.bucket_rows[-1],
         input=[
             pb.ModelInput(name=spec.name, data_type=_data_type(spec), dims=_dims(spec))
@@ -89,6 +92,15 @@ def model_statistics(servable: Servable) -> pb.ModelStatistics:
             pb.MemoryUsage(type=jax.default_backend().upper(), byte_size=servable.manifest.nbytes)
         ],
     )
+
+
+def _version_policy(versions: Versions) -> pb.ModelVersionPolicy:
+    form = pb.ModelVersionPolicy
+    if versions.numbers is not None:
+        return form(specific=form.Specific(versions=sorted(versions.numbers)))
+    if versions.latest is not None:
+        return form(latest=form.Latest(num_versions=versions.latest))
+    return form(all=form.All())
 
 
 def _parameters(servable: Servable) -> dict[str, str]:

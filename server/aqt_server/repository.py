@@ -3,6 +3,8 @@
     NAME/VERSION/ appears -> LOADING -> READY -> vanishes: UNLOADING while it drains
                                      -> UNAVAILABLE, until its files change
 
+Which versions of a model are served is in its policy. Those that are new are loaded before those
+that have to go are unloaded, so that a model is never without a version that answers.
 Under --model-control poll the directory is looked at again and again; under explicit, a model's
 part of it when a client asks for that; under none, once. Versions are loaded one after the other in
 a thread, so that requests are answered meanwhile; one that is refused, for damage or because it is
@@ -11,19 +13,22 @@ when ready.
 """
 
 import asyncio
+import collections
 import dataclasses
 import enum
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+import random
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 from aqt_engine.bundle import Manifest
 from aqt_engine.execution import Mode
-from aqt_server import directory, executor
+from aqt_server import directory
 from aqt_server.batcher import Batcher
 from aqt_server.directory import Fingerprint, Key
 from aqt_server.errors import DeadlineExceeded, NotFound, NotPermitted, NotReady, NotServable
+from aqt_server.loader import Loader, Outcome, outcome_of
+from aqt_server.policies import Policies, Policy
 from aqt_server.settings import ModelControl, Settings
 from aqt_server.statistics import Statistics
 
@@ -79,18 +84,29 @@ class _Entry:
 class Repository:
     """All versions by name and number. Belongs to the event loop that it is used in."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, policies: Policies):
         self._settings = settings
+        self._policies = policies
+        self._loader = Loader(settings)
+        self._random = random.Random()
         self._entries: dict[Key, _Entry] = {}
         self._draining: dict[asyncio.Task[bool], Key] = {}
         self._changing = asyncio.Lock()
         self._changes: set[asyncio.Task[None]] = set()
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
         self._closing = False
-        self.loading = False
-        """Whether a thread is loading a version."""
+        self.loads = collections.Counter[tuple[str, Outcome]]()
+        """Loads by model and outcome."""
         self.scanned = False
         """Whether everything that was to be loaded at the start is loaded or refused."""
+
+    @property
+    def loading(self) -> bool:
+        """Whether a thread is loading a version."""
+        return self._loader.loading
+
+    def policy(self, name: str) -> Policy:
+        """What is said of the model `name`."""
+        return self._policies.of(name)
 
     async def watch(self, settled: Callable[[], Awaitable[None]]) -> None:
         """Loads what the settings say, calls `settled`, then polls until cancelled if they do."""
@@ -103,8 +119,11 @@ class Repository:
             await asyncio.sleep(self._settings.models.poll_s)
             await self._follow(None)
 
-    def get(self, name: str, version: str) -> Servable:
-        """The version that a request means; with `version` empty, the newest that is ready.
+    def get(self, name: str, version: str, *, request_id: str = "") -> Servable:
+        """The version that a request means: by its number, by an alias, or with `version` empty.
+
+        Then it is the version in whose share the request with `request_id` falls, where the policy
+        splits them, and else the newest that is ready.
 
         Raises:
           NotFound: there is no such model or version, or it is not loaded.
@@ -120,16 +139,23 @@ class Repository:
                 f"there is no model {name!r}: the server has "
                 f"{', '.join(map(repr, known)) or 'none yet'}"
             )
+        policy = self._policies.of(name)
         if version:
-            entry = versions.get(int(version)) if _is_number(version) else None
+            entry = versions.get(policy.number(version) or 0)
             if entry is None:
+                there = [
+                    *map(str, sorted(versions)),
+                    *(f"{a} ({n})" for a, n in policy.aliases.items()),
+                ]
                 raise NotFound(
-                    f"model {name!r} has no version {version!r}: it has "
-                    f"{', '.join(map(str, sorted(versions)))}"
+                    f"model {name!r} has no version {version!r}: it has {', '.join(there)}"
                 )
         else:
             ready = [number for number, e in versions.items() if e.servable]
-            entry = versions[max(ready or versions)]
+            number = policy.share(ready, request_id, self._random)
+            if policy.split and number is None:
+                raise NotReady(f"model {name!r} has none of the versions of its split ready")
+            entry = versions[number or max(ready or versions)]
         if entry.servable:
             return entry.servable
         if entry.state is State.UNAVAILABLE:
@@ -153,9 +179,12 @@ class Repository:
                 Listed(name=name, version=version, state=State.UNLOADING, reason=""),
             )
         for name, version in await self._on_disk() or ():
+            newer = sum(s.name == name and s.version > version for s in self.ready())
+            left_out = newer and not self._policies.of(name).serves(version, newer=newer)
+            reason = "left out by the model's policy" if left_out else "not loaded"
             listed.setdefault(
                 (name, version),
-                Listed(name=name, version=version, state=State.UNAVAILABLE, reason="not loaded"),
+                Listed(name=name, version=version, state=State.UNAVAILABLE, reason=reason),
             )
         return [listed[key] for key in sorted(listed)]
 
@@ -251,17 +280,35 @@ class Repository:
             found = await self._on_disk()
             if found is None:
                 return
-            for key in self._entries.keys() - found.keys():
-                if names is None or key[0] in names:
-                    self._unload(key)
-            for key, fingerprint in found.items():
-                if self._closing:
-                    return
-                if names is not None and key[0] not in names:
-                    continue
-                entry = self._entries.get(key)
-                if not entry or entry.fingerprint != fingerprint or (again and entry.reason):
-                    await self._load(key, fingerprint)
+            for name in sorted({name for name, _ in (*found, *self._entries)}):
+                if names is None or name in names:
+                    served = await self._load_served(name, found, again=again)
+                    if self._closing:
+                        return
+                    for key in [k for k in self._entries if k[0] == name and k not in served]:
+                        self._unload(key)
+
+    async def _load_served(
+        self, name: str, found: Mapping[Key, Fingerprint], *, again: bool
+    ) -> set[Key]:
+        """Loads what the policy of a model says is served, the newest first; returns all of that.
+
+        Of the newest n, one that is refused does not count: the next older is served in its place.
+        """
+        policy = self._policies.of(name)
+        served: set[Key] = set()
+        newer = 0
+        for key, fingerprint in found.items():
+            if key[0] != name or not policy.serves(key[1], newer=newer):
+                continue
+            entry = self._entries.get(key)
+            if not entry or entry.fingerprint != fingerprint or (again and entry.reason):
+                await self._load(key, fingerprint)
+            if self._closing:
+                break
+            served.add(key)
+            newer += self._entries[key].servable is not None
+        return served
 
     async def _load(self, key: Key, fingerprint: Fingerprint) -> None:
         name, version = key
@@ -271,10 +318,11 @@ class Repository:
             self._entries[key] = _Entry(state=State.LOADING, fingerprint=fingerprint)
         _log.info("loading %s version %d", name, version)
         try:
-            loaded = await self._in_thread(key)
+            loaded = await self._loader.load(key)
         except Exception as error:
             # Whatever a bundle does to its loader, the server and the other versions go on.
             _log.error("refused %s version %d: %s", name, version, error)
+            self.loads[name, outcome_of(error)] += 1
             self._entries[key] = _Entry(
                 # A version that is served stays so while its files are being replaced.
                 state=State.READY if serving else State.UNAVAILABLE,
@@ -303,31 +351,10 @@ class Repository:
             statistics=statistics,
         )
         self._entries[key] = _Entry(state=State.READY, fingerprint=fingerprint, servable=servable)
+        self.loads[name, Outcome.READY] += 1
         _log.info("ready %s version %d, mode %s, %s", name, version, loaded.mode, loaded.verdict)
         if serving:
             self._drain(serving)
-
-    async def _in_thread(self, key: Key) -> executor.Loaded:
-        name, version = key
-
-        def load() -> executor.Loaded:
-            self.loading = True
-            try:
-                models = self._settings.models
-                fast = name in models.fast_model or "*" in models.fast_model
-                path = models.model_repository / name / str(version)
-                directory.check_inside(models.model_repository, path)
-                return executor.load(
-                    path,
-                    max_batch_rows=self._settings.batching.max_batch_rows,
-                    allow_inexact=models.allow_inexact,
-                    mode=Mode.FAST if fast else Mode.EXACT,
-                    proof_s=models.proof_s,
-                )
-            finally:
-                self.loading = False
-
-        return await asyncio.get_running_loop().run_in_executor(self._loader, load)
 
     def _unload(self, key: Key) -> asyncio.Future[bool]:
         """Forgets a version; the future says in the end whether all its requests were answered."""
@@ -344,7 +371,3 @@ class Repository:
         self._draining[task] = servable.name, servable.version
         task.add_done_callback(self._draining.pop)
         return task
-
-
-def _is_number(version: str) -> bool:
-    return version.isascii() and version.isdecimal() and len(version) < 20

@@ -19,6 +19,7 @@ from aqt_protos import POOL, SERVICE_NAME
 from aqt_server import http, rest
 from aqt_server.logs import LogSettings
 from aqt_server.metrics import Metrics
+from aqt_server.policies import Policies, PolicyFileError
 from aqt_server.profiling import Profiler
 from aqt_server.repository import Repository
 from aqt_server.rpc import Door, Interceptor
@@ -76,7 +77,11 @@ async def _serve(settings: Settings) -> None:
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-    repository = Repository(settings)
+    try:
+        policies = Policies(settings.serving.model_policies)
+    except PolicyFileError as error:
+        raise StartError(str(error)) from error
+    repository = Repository(settings, policies)
     checks = _Health()
     await _set_health(checks, _NOT_SERVING)
     doors = await _open(settings, repository, checks)

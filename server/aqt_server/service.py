@@ -111,7 +111,9 @@ class Service(Administration):
 
     async def ModelInfer(self, request: pb.ModelInferRequest, call: Call):
         """The model's answer to each row of the request."""
-        servable = self._repository.get(request.model_name, request.model_version)
+        servable = self._repository.get(
+            request.model_name, request.model_version, request_id=request.id
+        )
         arrived = time.monotonic_ns()
         with servable.statistics.failures_counted(arrived=arrived):
             schedule = _schedule(request, call)

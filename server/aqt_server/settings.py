@@ -115,6 +115,21 @@ class Models:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """How the versions of a model are served."""
+
+    model_policies: Annotated[
+        Path | None,
+        Field(
+            title="FILE",
+            description="TOML of which versions of which model are served, under which aliases and "
+            "in which shares; a new content is used without a restart. Without it, all are, and a "
+            "request that names none gets the newest",
+        ),
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Batching:
     """How much is computed at once, and how much may wait."""
 
@@ -345,6 +360,7 @@ class Settings:
     """All of them. A field is a table in a file; its settings are flags and variables too."""
 
     models: Models
+    serving: Serving = Serving()
     batching: Batching = Batching()
     listen: Listen = Listen()
     limits: Limits = Limits()

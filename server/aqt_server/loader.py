@@ -1,0 +1,71 @@
+"""Brings versions into memory, one after the other, in a thread of its own."""
+
+import asyncio
+import enum
+from concurrent.futures import ThreadPoolExecutor
+
+from aqt_engine.bundle import BundleError
+from aqt_engine.execution import Mode
+from aqt_server import directory, executor
+from aqt_server.directory import Key, OutsideError
+from aqt_server.settings import Settings
+
+
+class Outcome(enum.StrEnum):
+    """What came of loading a version."""
+
+    READY = "ready"
+    DAMAGED = "damaged"
+    """Its files are not those of a whole bundle that this server reads."""
+    INEXACT = "inexact"
+    """Its witness does not reproduce here."""
+    FAILED = "failed"
+    """Anything else."""
+
+
+def outcome_of(error: Exception) -> Outcome:
+    """The outcome of a load that `error` ended."""
+    match error:
+        case BundleError() | OutsideError():
+            return Outcome.DAMAGED
+        case executor.InexactError():
+            return Outcome.INEXACT
+        case _:
+            return Outcome.FAILED
+
+
+class Loader:
+    """Loads the versions of the repository that the settings name."""
+
+    def __init__(self, settings: Settings):
+        self._models = settings.models
+        self._max_batch_rows = settings.batching.max_batch_rows
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
+        self.loading = False
+        """Whether the thread is loading a version."""
+
+    async def load(self, key: Key) -> executor.Loaded:
+        """The version `key`, compiled and proved.
+
+        Raises:
+          Exception: whatever its bundle does to its loader.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._load, key)
+
+    def _load(self, key: Key) -> executor.Loaded:
+        name, version = key
+        models = self._models
+        self.loading = True
+        try:
+            fast = name in models.fast_model or "*" in models.fast_model
+            path = models.model_repository / name / str(version)
+            directory.check_inside(models.model_repository, path)
+            return executor.load(
+                path,
+                max_batch_rows=self._max_batch_rows,
+                allow_inexact=models.allow_inexact,
+                mode=Mode.FAST if fast else Mode.EXACT,
+                proof_s=models.proof_s,
+            )
+        finally:
+            self.loading = False
