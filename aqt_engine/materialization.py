@@ -28,8 +28,10 @@ def materialized(x: jax.Array) -> jax.Array:
 
 
 def _one_turn(x: jax.Array) -> jax.Array:
+    if x.size == 0:
+        return x
     # Any number of turns but none gives x. That it is one or two, the compiler must not know.
-    turns = jnp.where(jnp.any(x.ravel()[:1] < 0), 2, 1)
+    turns = jnp.where(x.ravel()[0] < 0, 2, 1)
 
     def turn(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return carry[0] + 1, x

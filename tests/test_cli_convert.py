@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from aqt_cli.main import app
 from aqt_engine import config, einsum
+from aqt_engine.bundle import read_manifest
 from aqt_engine.calibration import AbsMaxCalibration
 from aqt_engine.flax import AqtDotGeneral
 from aqt_engine.flax import nnx as aqt_nnx
@@ -89,6 +90,50 @@ def test_each_kind_of_model_is_converted(tmp_path, model):
     result = convert(tmp_path, model, tmp_path / "checkpoint", *options)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["bundle_bytes"] < json.loads(result.stdout)["float_bytes"]
+
+
+def linen_in_float():
+    return nn.Dense(3)
+
+
+@pytest.mark.parametrize(
+    ("model", "checkpoint", "modules"),
+    [
+        ("linen_in_float", "linen", ""),
+        ("linen", "linen", ""),
+        ("plain", "function", "0"),
+        ("Net", "nnx_model", "layers/0"),
+    ],
+)
+def test_rules_quantize_each_kind_of_model(tmp_path, model, checkpoint, modules):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", CHECKPOINTS[checkpoint])
+    int4 = config.fully_quantized(4, 8)
+    rules = tmp_path / "rules.json"
+    rules.write_text(Rules((Rule(modules=modules, config=int4),)).to_json())
+    result = convert(tmp_path, model, tmp_path / "checkpoint", "--rules", str(rules))
+    assert result.exit_code == 0, result.output
+    (stored,) = {w.dtype for w in read_manifest(tmp_path / "m" / "1").weights if w.role == "qvalue"}
+    assert stored == "int4"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (Rules((Rule(modules="elsewhere", config=INT8),)).to_json(), "matches nothing"),
+        ("{}", "the document has no `version`"),
+    ],
+)
+@pytest.mark.parametrize("model", ["linen", "linen_in_float"])
+def test_rules_that_cannot_be_are_one_sentence(tmp_path, model, text, message):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", CHECKPOINTS["linen"])
+    (tmp_path / "rules.json").write_text(text)
+    options = ["--rules", str(tmp_path / "rules.json")]
+    result = convert(tmp_path, model, tmp_path / "checkpoint", *options)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
 
 
 @pytest.mark.parametrize(

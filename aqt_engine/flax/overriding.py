@@ -5,12 +5,15 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
 from aqt_engine.config import DotGeneral
 from aqt_engine.convertible import ModelFactory
 from aqt_engine.flax.conv import AqtConvGeneralDilated
 from aqt_engine.flax.linen import AqtDotGeneral, AqtEinsum
-from aqt_engine.rules import Rules
+from aqt_engine.modes import QuantMode
+from aqt_engine.rules import Contraction, Report, Rules
 
 # As rules name them. A contraction that injection has placed is named after its op.
 _OPS = (
@@ -21,6 +24,11 @@ _OPS = (
     "qk_attn_weights_einsum",
     "attn_weights_value_einsum",
 )
+
+
+# What a module is called that was made before it came to share its wrapper's scope: its path keeps
+# the name, though its variables do not.
+_WRAPPED = "wrapped_model"
 
 
 class LayerInterceptor(abc.ABC):
@@ -69,13 +77,14 @@ class LayerInterceptor(abc.ABC):
         """What `next_method`, which is `method` of `module`, is to give for these arguments."""
 
     def _entered(self, module: nn.Module) -> tuple[str, str]:
+        names = [name for name in module.path if name != _WRAPPED]
         if not isinstance(module, AqtDotGeneral | AqtEinsum):
-            return "/".join(module.path), ""
-        *parent, name = module.path
+            return "/".join(names), ""
+        *parent, name = names
         if name in _OPS:
             return "/".join(parent), name
         if isinstance(module, AqtEinsum):
-            return "/".join(module.path), "einsum"
+            return "/".join(names), "einsum"
         path, op = self.place
         return path, op or op_name(module)
 
@@ -85,14 +94,14 @@ def overridden(factory: ModelFactory, rules: Rules) -> ModelFactory:
 
     Where no rule matches, a contraction keeps its own; where one with `config` None does, it is
     left in float. It is for models that hold AQT modules already: `aqt_engine.flax.quantize` is for
-    those that do not.
+    those that do not. As there, rules without effect are an error when a model is initialized, and
+    in CONVERT.
     """
 
-    def choose(place: tuple[str, str], own: DotGeneral) -> DotGeneral | None:
-        index = rules.first_match(*place)
-        return own if index is None else rules.rules[index].config
+    def made(mode: QuantMode) -> nn.Module:
+        return _Overridden(factory(mode), rules, mode)
 
-    return lambda mode: _Overridden(factory(mode), choose)
+    return made
 
 
 Choose = Callable[[tuple[str, str], DotGeneral], DotGeneral | None]
@@ -121,17 +130,30 @@ class Override(LayerInterceptor):
 
 
 class _Overridden(nn.Module):
-    """`model` with other configurations; its variables are those of `model`."""
+    """A model with other configurations; its variables are those of the model."""
 
-    model: nn.Module
-    choose: Choose
+    wrapped_model: nn.Module
+    rules: Rules
+    mode: QuantMode
 
     def setup(self):
-        nn.share_scope(self, self.model)
+        nn.share_scope(self, self.wrapped_model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with nn.intercept_methods(Override(self.choose)):
-            return self.model(*args, **kwargs)
+        met: dict[tuple[str, str], None] = {}
+
+        def choose(place: tuple[str, str], own: DotGeneral) -> DotGeneral | None:
+            met[place] = None
+            index = self.rules.first_match(*place)
+            return own if index is None else self.rules.rules[index].config
+
+        with nn.intercept_methods(Override(choose)):
+            answer = self.wrapped_model(*args, **kwargs)
+        if self.is_initializing() or self.mode is QuantMode.CONVERT:
+            unseen = jax.ShapeDtypeStruct((), jnp.float32)
+            places = (Contraction(path=p, op=op, lhs=unseen, rhs=unseen) for p, op in met)
+            Report(self.rules, tuple(places)).check()
+        return answer
 
 
 def op_name(module: AqtDotGeneral) -> str:

@@ -39,6 +39,13 @@ def convert(
     output: Annotated[
         Path, typer.Option(metavar="REPOSITORY/NAME/VERSION", help="The bundle to write.")
     ],
+    rules: Annotated[
+        Path | None,
+        typer.Option(
+            help="A JSON file of rules to quantize a model in float by, or to change one that has "
+            "AQT modules, as `aqt report` writes it."
+        ),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -95,17 +102,20 @@ def convert(
 
     from aqt_engine.bundle import BundleError
     from aqt_engine.checkpoint import CheckpointError
+    from aqt_engine.config.serialization import SerializationError
     from aqt_engine.convert import ConversionError, calibrate
     from aqt_engine.convert import convert as convert_model
+    from aqt_engine.rules import RuleError
     from aqt_engine.tiles import measured
 
     declared = signature.parse(shape or (), lengths or (), pad or (), per_request or ())
+    errors = (BundleError, CheckpointError, ConversionError, FileExistsError, OSError)
     progress = Console(stderr=True)
     with (
-        as_sentence(BundleError, CheckpointError, ConversionError, FileExistsError, OSError),
+        as_sentence(*errors, RuleError, SerializationError),
         progress.status("Reading the checkpoint") as status,
     ):
-        factory, variables = load_model(model, checkpoint)
+        factory, variables = load_model(model, checkpoint, rules)
         inputs = read_arrays(example)
 
         def show(stage: str) -> None:

@@ -11,54 +11,73 @@ from aqt_cli.sources import load_factory
 
 EXPECTED = (
     "a function from a QuantMode to a linen module, a function of variables and named inputs to "
-    "outputs, or a function without arguments to an nnx model"
+    "outputs, or a function without arguments to an nnx model; with --rules, a linen module in "
+    "float is given without arguments too"
 )
 
 
-def load_model(reference: str, checkpoint: Path) -> tuple[Any, Any]:
+def load_model(reference: str, checkpoint: Path, rules_file: Path | None = None) -> tuple[Any, Any]:
     """What `reference`, "package.module:name", names, as `convert` takes it, and its variables.
+
+    With `rules_file`, a model in float is quantized by the rules in it; in a linen model that has
+    AQT modules, they replace the configurations of those.
 
     Raises:
       typer.BadParameter: there is no such thing, or it is none of `EXPECTED`.
+      SerializationError: the file holds no rules.
       CheckpointError, ConversionError: the checkpoint cannot be read, or is not of this model.
     """
     # Commands that need no JAX must start without it.
     import flax.linen as nn
     from flax import nnx
 
+    from aqt_engine import flax, functions
     from aqt_engine.checkpoint import load_tree, load_variables
     from aqt_engine.convert import Function
     from aqt_engine.convertible import Convertible
-    from aqt_engine.flax.nnx import split
-    from aqt_engine.functions import QuantizedFunction
+    from aqt_engine.flax import nnx as aqt_nnx
+    from aqt_engine.flax.overriding import overridden
     from aqt_engine.modes import QuantMode
+    from aqt_engine.rules import Rules
 
+    rules = None if rules_file is None else Rules.from_json(rules_file.read_text())
     named = load_factory(reference)
-    if isinstance(named, Convertible | QuantizedFunction):
+    if isinstance(named, Convertible | functions.QuantizedFunction):
+        if rules is not None:
+            raise _unexpected(reference, "is quantized already, without layers to give rules to")
         return named, load_tree(checkpoint)
     if not callable(named):
         raise _unexpected(reference, f"is of type {type(named).__name__}")
-    required, takes_more = _parameters(named)
+    required, optional, takes_more = _parameters(named)
     if required > 1 or (required == 1 and takes_more):
-        return Function(named), load_tree(checkpoint)
+        function = Function(named) if rules is None else functions.quantize(named, rules)
+        return function, load_tree(checkpoint)
     try:
         made: Any = named() if required == 0 else named(QuantMode.TRAIN)
     except TypeError as error:
         raise _unexpected(reference, f"cannot be called as one: {error}") from error
     if isinstance(made, nnx.Module):
-        graph, _ = split(made)
+        made = made if rules is None else aqt_nnx.quantize(made, rules, rngs=nnx.Rngs(0))
+        graph, _ = aqt_nnx.split(made)
         return graph, graph.variables_in(load_tree(checkpoint))
     if isinstance(made, nn.Module):
+        takes_mode = required + optional > 0
+        if rules is None and not takes_mode:
+            raise _unexpected(reference, "gives a linen module for no mode")
+        if rules is not None:
+            named = overridden(named, rules) if takes_mode else flax.quantize(made, rules)
         return named, load_variables(checkpoint)
     raise _unexpected(reference, f"gives an object of type {type(made).__name__}")
 
 
-def _parameters(named: Callable[..., Any]) -> tuple[int, bool]:
-    """How many arguments a call needs, and whether it takes any others by name."""
+def _parameters(named: Callable[..., Any]) -> tuple[int, int, bool]:
+    """How many arguments a call needs, how many more it takes, and whether any others by name."""
     parameters = inspect.signature(named).parameters.values()
     plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    required = sum(p.default is p.empty for p in plain)
     return (
-        sum(p.default is p.empty for p in plain),
+        required,
+        len(plain) - required,
         any(p.kind is p.VAR_KEYWORD for p in parameters),
     )
 

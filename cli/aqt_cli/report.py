@@ -1,14 +1,15 @@
 """`aqt report`: what quantization does to each contraction of a model, and what to do about it."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from aqt_cli.failures import as_sentence
-from aqt_cli.sources import batches, load_factory, read_arrays
+from aqt_cli.models import load_model
+from aqt_cli.sources import batches, read_arrays
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +39,11 @@ def report(
         ),
     ],
     rules: Annotated[
-        Path | None, typer.Option(help="A JSON file of rules to quantize a float model by.")
+        Path | None,
+        typer.Option(
+            help="A JSON file of rules to quantize a model in float by, or to change one that has "
+            "AQT modules."
+        ),
     ] = None,
     labels: Annotated[
         str | None,
@@ -91,7 +96,7 @@ def report(
         search,
         sensitivities,
     )
-    from aqt_engine.checkpoint import CheckpointError, load_variables
+    from aqt_engine.checkpoint import CheckpointError
     from aqt_engine.config import fully_quantized
     from aqt_engine.rules import RuleError
 
@@ -105,8 +110,13 @@ def report(
     widths = sorted({*(bits or (4,)), *((8,) if budget else ())}, reverse=True)
     errors = (BudgetError, CheckpointError, RuleError, OSError, ValueError)
     with as_sentence(*errors), Progress(console=Console(stderr=True)) as progress:
-        factory = _factory(model, rules)
-        variables = load_variables(checkpoint)
+        factory, variables = load_model(model, checkpoint, rules)
+        if not isinstance(factory, FunctionType):
+            raise typer.BadParameter(
+                f"{model!r} is no linen model, and a report is made of the layers of one: give a "
+                f"function from a QuantMode to a linen module",
+                param_hint="--model",
+            )
         inputs = read_arrays(data)
         score = _score(inputs, labels, classes)
         task = progress.add_task("Observing", total=None)
@@ -139,14 +149,6 @@ def report(
         console.print(f"Rules written to [bold]{propose}[/bold]", soft_wrap=True)
     if out is not None:
         console.print(f"Plots and tables in [bold]{out / 'report.html'}[/bold]", soft_wrap=True)
-
-
-def _factory(model: str, rules: Path | None) -> Callable[..., Any]:
-    from aqt_engine.flax import quantize
-    from aqt_engine.rules import Rules
-
-    named = load_factory(model)
-    return named if rules is None else quantize(named(), Rules.from_json(rules.read_text()))
 
 
 def _score(
