@@ -70,6 +70,8 @@ class Program:
             )
         self._weights = [jax.device_put(w) for w in bundle.weights]
         self._executables: dict[tuple[LengthBucket, int], Callable[..., Sequence[jax.Array]]] = {}
+        self.workspace_nbytes = 0
+        """Bytes beside the weights that the hungriest of the compiled executables computes in."""
         self._compiling = threading.Lock()
 
     @property
@@ -101,7 +103,14 @@ class Program:
             spec.with_rows(bucket * self.manifest.tile, sizes) for spec in self.manifest.inputs
         ]
         inputs = [jax.ShapeDtypeStruct(self._laid_out(s.shape), s.dtype) for s in whole]
-        return jax.jit(forward).lower(self._weights, inputs).compile()
+        compiled = jax.jit(forward).lower(self._weights, inputs).compile()
+        if told := compiled.memory_analysis():
+            taken = (
+                told.argument_size_in_bytes + told.output_size_in_bytes + told.temp_size_in_bytes
+            )
+            beside = taken - sum(w.nbytes for w in self._weights)
+            self.workspace_nbytes = max(self.workspace_nbytes, beside)
+        return compiled
 
     def _laid_out(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """`shape`, of whole tiles of rows, as an executable takes it."""

@@ -8,6 +8,7 @@ RequestError
     NotPermitted       FAILED_PRECONDITION the server's settings do not allow it
     NotReady           UNAVAILABLE         the version is still loading, or the server is stopping
     Overloaded         RESOURCE_EXHAUSTED  a full queue, or too many calls; asking later helps
+    OutOfMemory        RESOURCE_EXHAUSTED  a version does not fit into memory
     DeadlineExceeded   DEADLINE_EXCEEDED   its time was up before it was computed
     Unauthenticated    UNAUTHENTICATED     it is not known who calls
     PermissionDenied   PERMISSION_DENIED   who calls may not do this
@@ -87,6 +88,12 @@ class Overloaded(RequestError):
     def __init__(self, sentence: str, *, retry_s: float):
         super().__init__(sentence)
         self.retry_s = retry_s
+
+
+class OutOfMemory(RequestError):
+    """A version that was to be loaded does not fit into the memory that there is."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class DeadlineExceeded(RequestError):

@@ -15,7 +15,8 @@ import numpy as np
 
 from aqt_engine import bundle, proof
 from aqt_engine.bundle import Arrays, Bundle, Manifest
-from aqt_engine.execution import Mode, Program
+from aqt_engine.execution import Mode, Program, tile_buckets
+from aqt_server.memory import Memory, workspace
 
 
 class InexactError(Exception):
@@ -40,6 +41,8 @@ class Executor:
                     self._program.compile(bucket, length_bucket)
         self.bucket_rows = tuple(b * manifest.tile for b in self._program.buckets)
         """Numbers of rows that are computed at once, ascending; others are padded to the next."""
+        self.workspace_nbytes = self._program.workspace_nbytes
+        """Bytes beside the weights that it computes in."""
 
     def __call__(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """The outputs for `inputs`: by name, the same rows for all."""
@@ -110,19 +113,31 @@ class Loaded:
 
 
 def load(
-    path: Path, *, max_batch_rows: int, allow_inexact: bool, mode: Mode, proof_s: float
+    path: Path,
+    *,
+    max_batch_rows: int,
+    allow_inexact: bool,
+    mode: Mode,
+    proof_s: float,
+    memory: Memory,
 ) -> Loaded:
     """The bundle at `path`, compiled for every bucket up to `max_batch_rows` and proved.
 
     In mode fast it is tried too, and served whatever comes of it. `proof_s` are the seconds for
-    more than the witness in each executable.
+    more than the witness in each executable. What it takes of `memory` is estimated before its
+    files are read, and known when it is compiled.
 
     Raises:
+      NoMemoryError: it takes more than there is.
       BundleError: it is missing, damaged, changed, for other platforms, or not for this mode.
       InexactError: its answers here are not those of training, and `allow_inexact` is not set.
     """
+    manifest = bundle.read_manifest(path)
+    most_rows = tile_buckets(max_batch_rows, manifest.tile)[-1] * manifest.tile
+    memory.check(manifest, workspace=workspace(manifest, most_rows))
     loaded = bundle.load(path)
     executor = Executor(loaded, max_batch_rows=max_batch_rows, mode=mode)
+    memory.check(manifest, workspace=executor.workspace_nbytes, copies=1)
     found = executor.prove(loaded, more_s=proof_s if mode is Mode.EXACT else 0)
     if mode is Mode.FAST:
         verdict = f"fast: bits may differ with the batch; tried on the witness, {found}"

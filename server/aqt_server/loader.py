@@ -2,12 +2,14 @@
 
 import asyncio
 import enum
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from aqt_engine.bundle import BundleError
 from aqt_engine.execution import Mode
 from aqt_server import directory, executor
 from aqt_server.directory import Key, OutsideError
+from aqt_server.memory import Memory, NoMemoryError, available
 from aqt_server.settings import Settings
 
 
@@ -19,6 +21,8 @@ class Outcome(enum.StrEnum):
     """Its files are not those of a whole bundle that this server reads."""
     INEXACT = "inexact"
     """Its witness does not reproduce here."""
+    NO_MEMORY = "no_memory"
+    """It takes more memory than there is."""
     FAILED = "failed"
     """Anything else."""
 
@@ -30,6 +34,8 @@ def outcome_of(error: Exception) -> Outcome:
             return Outcome.DAMAGED
         case executor.InexactError():
             return Outcome.INEXACT
+        case NoMemoryError() | MemoryError():
+            return Outcome.NO_MEMORY
         case _:
             return Outcome.FAILED
 
@@ -37,22 +43,24 @@ def outcome_of(error: Exception) -> Outcome:
 class Loader:
     """Loads the versions of the repository that the settings name."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, available: Callable[[], int] = available):
         self._models = settings.models
+        self._memory_limit = settings.serving.model_memory_bytes
+        self._available = available
         self._max_batch_rows = settings.batching.max_batch_rows
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
         self.loading = False
         """Whether the thread is loading a version."""
 
-    async def load(self, key: Key) -> executor.Loaded:
-        """The version `key`, compiled and proved.
+    async def load(self, key: Key, *, held: int) -> executor.Loaded:
+        """The version `key`, compiled and proved; other versions hold `held` bytes.
 
         Raises:
           Exception: whatever its bundle does to its loader.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._load, key)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._load, key, held)
 
-    def _load(self, key: Key) -> executor.Loaded:
+    def _load(self, key: Key, held: int) -> executor.Loaded:
         name, version = key
         models = self._models
         self.loading = True
@@ -66,6 +74,7 @@ class Loader:
                 allow_inexact=models.allow_inexact,
                 mode=Mode.FAST if fast else Mode.EXACT,
                 proof_s=models.proof_s,
+                memory=Memory(limit=self._memory_limit, held=held, available=self._available),
             )
         finally:
             self.loading = False

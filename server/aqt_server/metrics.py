@@ -20,7 +20,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from aqt_engine.execution import Mode
-from aqt_server.repository import Repository, Servable, State
+from aqt_server.repository import Repository, State
+from aqt_server.servable import Servable
 from aqt_server.statistics import Statistics
 
 _VERSION = ("model", "version")
@@ -63,6 +64,10 @@ _GAUGES: dict[str, tuple[str, Callable[[Servable], float]]] = {
     "model_exact": (
         "1 if the version was proved here to answer with the bits of training, else 0",
         lambda servable: servable.exact,
+    ),
+    "model_workspace_bytes": (
+        "Bytes beside the weights that the version computes in",
+        lambda servable: servable.workspace_nbytes,
     ),
     "model_weight_bytes": (
         "Bytes of the version's weights",

@@ -7,7 +7,7 @@ from aqt_protos import open_inference_pb2 as pb
 from aqt_server import codec
 from aqt_server.batcher import DEFAULT_PRIORITY, PRIORITY_LEVELS
 from aqt_server.policies import Versions
-from aqt_server.repository import Servable
+from aqt_server.servable import Servable
 from aqt_server.statistics import Duration, Stages
 
 PLATFORM = "aqt_stablehlo"

@@ -1,7 +1,8 @@
 """The versions that the server knows, and the life of each.
 
     NAME/VERSION/ appears -> LOADING -> READY -> vanishes: UNLOADING while it drains
-                                     -> UNAVAILABLE, until its files change
+                                     -> UNAVAILABLE, until its files change, or where it
+                                        lacked memory, until some becomes free
 
 Which versions of a model are served is in its policy. Those that are new are loaded before those
 that have to go are unloaded, so that a model is never without a version that answers.
@@ -21,16 +22,20 @@ import random
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
-from aqt_engine.bundle import Manifest
-from aqt_engine.execution import Mode
 from aqt_server import directory
-from aqt_server.batcher import Batcher
 from aqt_server.directory import Fingerprint, Key
-from aqt_server.errors import DeadlineExceeded, NotFound, NotPermitted, NotReady, NotServable
+from aqt_server.errors import (
+    DeadlineExceeded,
+    NotFound,
+    NotPermitted,
+    NotReady,
+    NotServable,
+    OutOfMemory,
+)
 from aqt_server.loader import Loader, Outcome, outcome_of
 from aqt_server.policies import Policies, Policy
+from aqt_server.servable import Servable, serve
 from aqt_server.settings import ModelControl, Settings
-from aqt_server.statistics import Statistics
 
 _log = logging.getLogger(__name__)
 
@@ -42,25 +47,6 @@ class State(enum.StrEnum):
     READY = "READY"
     UNLOADING = "UNLOADING"
     UNAVAILABLE = "UNAVAILABLE"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Servable:
-    """A version that answers requests.
-
-    `exact` is whether it was proved here, in mode exact, and `verdict` the proof in a sentence.
-    `bucket_rows` are the rows that it computes at once.
-    """
-
-    name: str
-    version: int
-    manifest: Manifest
-    exact: bool
-    mode: Mode
-    verdict: str
-    bucket_rows: tuple[int, ...]
-    batcher: Batcher
-    statistics: Statistics
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +65,8 @@ class _Entry:
     fingerprint: Fingerprint
     reason: str = ""
     servable: Servable | None = None
+    lacked_memory_at: int | None = None
+    """How often memory had become free when it was refused for want of it."""
 
 
 class Repository:
@@ -90,7 +78,8 @@ class Repository:
         self._loader = Loader(settings)
         self._random = random.Random()
         self._entries: dict[Key, _Entry] = {}
-        self._draining: dict[asyncio.Task[bool], Key] = {}
+        self._draining: dict[asyncio.Task[bool], Servable] = {}
+        self._freed = 0
         self._changing = asyncio.Lock()
         self._changes: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -173,10 +162,10 @@ class Repository:
             key: Listed(name=key[0], version=key[1], state=entry.state, reason=entry.reason)
             for key, entry in self._entries.items()
         }
-        for name, version in self._draining.values():
+        for s in self._draining.values():
             listed.setdefault(
-                (name, version),
-                Listed(name=name, version=version, state=State.UNLOADING, reason=""),
+                (s.name, s.version),
+                Listed(name=s.name, version=s.version, state=State.UNLOADING, reason=""),
             )
         for name, version in await self._on_disk() or ():
             newer = sum(s.name == name and s.version > version for s in self.ready())
@@ -196,20 +185,23 @@ class Repository:
         Raises:
           NotPermitted: the model control is not explicit.
           NotFound: the directory has no such model.
-          NotServable: one of its versions was refused.
+          OutOfMemory: one of its versions does not fit into memory.
+          NotServable: one of its versions was refused for another reason.
         """
         self._check_explicit()
         found = await self._on_disk()
         if not any(n == name for n, _ in found or ()):
             raise NotFound(f"the model repository has no versions of a model {name!r}")
         await self._finish(self._follow(frozenset([name]), again=True))
-        refused = [
-            f"version {version}: {entry.reason}"
-            for (n, version), entry in sorted(self._entries.items())
-            if n == name and entry.reason
-        ]
+        refused = {
+            key[1]: entry
+            for key, entry in sorted(self._entries.items())
+            if key[0] == name and entry.reason
+        }
         if refused:
-            raise NotServable(f"model {name!r} was refused: {'; '.join(refused)}")
+            fits = any(entry.lacked_memory_at is None for entry in refused.values())
+            reasons = "; ".join(f"version {v}: {entry.reason}" for v, entry in refused.items())
+            raise (NotServable if fits else OutOfMemory)(f"model {name!r} was refused: {reasons}")
 
     async def unload(self, name: str) -> None:
         """Takes no more requests for a model, and returns when the accepted ones are answered.
@@ -302,7 +294,12 @@ class Repository:
             if key[0] != name or not policy.serves(key[1], newer=newer):
                 continue
             entry = self._entries.get(key)
-            if not entry or entry.fingerprint != fingerprint or (again and entry.reason):
+            if (
+                not entry
+                or entry.fingerprint != fingerprint
+                or (again and entry.reason)
+                or entry.lacked_memory_at not in (None, self._freed)
+            ):
                 await self._load(key, fingerprint)
             if self._closing:
                 break
@@ -318,43 +315,34 @@ class Repository:
             self._entries[key] = _Entry(state=State.LOADING, fingerprint=fingerprint)
         _log.info("loading %s version %d", name, version)
         try:
-            loaded = await self._loader.load(key)
+            loaded = await self._loader.load(key, held=self._held())
         except Exception as error:
             # Whatever a bundle does to its loader, the server and the other versions go on.
+            outcome = outcome_of(error)
             _log.error("refused %s version %d: %s", name, version, error)
-            self.loads[name, outcome_of(error)] += 1
+            self.loads[name, outcome] += 1
             self._entries[key] = _Entry(
                 # A version that is served stays so while its files are being replaced.
                 state=State.READY if serving else State.UNAVAILABLE,
                 fingerprint=fingerprint,
                 reason=str(error) or type(error).__name__,
                 servable=serving,
+                lacked_memory_at=self._freed if outcome is Outcome.NO_MEMORY else None,
             )
             return
         if self._closing:
             return
-        statistics = Statistics()
-        servable = Servable(
-            name=name,
-            version=version,
-            manifest=loaded.manifest,
-            exact=loaded.exact,
-            mode=loaded.mode,
-            verdict=loaded.verdict,
-            bucket_rows=loaded.executor.bucket_rows,
-            batcher=Batcher(
-                loaded.executor,
-                max_batch_rows=loaded.executor.bucket_rows[-1],
-                queue_rows=self._settings.batching.queue_rows,
-                statistics=statistics,
-            ),
-            statistics=statistics,
-        )
+        servable = serve(key, loaded, queue_rows=self._settings.batching.queue_rows)
         self._entries[key] = _Entry(state=State.READY, fingerprint=fingerprint, servable=servable)
         self.loads[name, Outcome.READY] += 1
         _log.info("ready %s version %d, mode %s, %s", name, version, loaded.mode, loaded.verdict)
         if serving:
             self._drain(serving)
+
+    def _held(self) -> int:
+        """Bytes that versions hold, those too that are on their way out."""
+        servables = [*self.ready(), *self._draining.values()]
+        return sum(s.nbytes for s in servables)
 
     def _unload(self, key: Key) -> asyncio.Future[bool]:
         """Forgets a version; the future says in the end whether all its requests were answered."""
@@ -368,6 +356,11 @@ class Repository:
     def _drain(self, servable: Servable) -> asyncio.Task[bool]:
         _log.info("unloading %s version %d", servable.name, servable.version)
         task = asyncio.create_task(servable.batcher.close(self._settings.batching.drain_s))
-        self._draining[task] = servable.name, servable.version
-        task.add_done_callback(self._draining.pop)
+        self._draining[task] = servable
+
+        def drained(done: asyncio.Task[bool]) -> None:
+            del self._draining[done]
+            self._freed += 1
+
+        task.add_done_callback(drained)
         return task

@@ -127,6 +127,15 @@ class Serving:
             "request that names none gets the newest",
         ),
     ] = None
+    model_memory_bytes: Annotated[
+        PositiveInt | None,
+        Field(
+            title="BYTES",
+            description="that weights and workspace of all versions may take together; one that "
+            "does not fit is refused. Without it, a version is loaded if as much is available at "
+            "that moment; set it where others use the same memory later",
+        ),
+    ] = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
