@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aqt_engine.numerics import Numerics
+from aqt_engine.numerics.grid import as_float
 
 
 class Calibration(abc.ABC):
@@ -308,8 +309,12 @@ def over(bound: jax.Array, divisor: float, factor: float | None = None) -> jax.A
         bound = bound * factor
     elif factor is not None:
         inverse = np.asarray(factor, constant) * inverse
-    info = jnp.finfo(bound.dtype)
-    rounded = jax.lax.reduce_precision(bound.astype(wide), info.nexp, info.nmant)
+    if bound.dtype == jnp.float16:
+        # Rounding explicitly would flush its subnormals.
+        rounded = as_float(bound)
+    else:
+        info = jnp.finfo(bound.dtype)
+        rounded = jax.lax.reduce_precision(bound.astype(wide), info.nexp, info.nmant)
     return (rounded * inverse.astype(wide)).astype(bound.dtype)
 
 
