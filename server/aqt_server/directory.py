@@ -1,31 +1,65 @@
-"""What stands in a model repository: NAME/VERSION/, and a mark of the state of its files."""
+"""A model repository that is a directory, NAME/VERSION/, with a mark of the state of its files."""
 
 from pathlib import Path
 
 Key = tuple[str, int]
 """A model's name and a version's number."""
-Fingerprint = tuple[tuple[str, int, int], ...]
-"""Path, size and modification time (ns) of each file: equal while nothing has changed."""
+Fingerprint = tuple[tuple[str, int, int | str], ...]
+"""Path, size and a mark, such as the time of change, of each file: equal while nothing changes."""
 
 
-def versions(repository: Path) -> dict[Key, Fingerprint]:
-    """The versions in `repository`, by model, the newest of each first.
+class SourceError(Exception):
+    """There is no model repository where there should be one."""
 
-    Raises:
-      OSError: the directory cannot be read.
-    """
-    found: dict[Key, Fingerprint] = {}
-    for model in sorted(repository.iterdir()):
-        if model.name.startswith(".") or not model.is_dir():
-            continue
-        numbers = [d.name for d in model.iterdir() if d.name.isdecimal() and d.name[0] != "0"]
-        for number in sorted(map(int, numbers), reverse=True):
-            found[model.name, number] = _fingerprint(model / str(number))
-    return found
+
+class OutsideError(Exception):
+    """A version has files that are not in the repository."""
+
+
+class Directory:
+    """The versions in the directory `root`."""
+
+    def __init__(self, root: Path):
+        self._root = root
+
+    def versions(self) -> dict[Key, Fingerprint]:
+        """The versions, by model, the newest of each first.
+
+        Raises:
+          OSError: the directory cannot be read.
+        """
+        found: dict[Key, Fingerprint] = {}
+        for model in sorted(self._root.iterdir()):
+            if model.name.startswith(".") or not model.is_dir():
+                continue
+            numbers = [d.name for d in model.iterdir() if is_version(d.name)]
+            for number in sorted(map(int, numbers), reverse=True):
+                found[model.name, number] = _fingerprint(model / str(number))
+        return found
+
+    def local(self, key: Key) -> Path:
+        """Where a version lies.
+
+        Raises:
+          OutsideError: it or one of its files is not in the repository, wherever links lead.
+        """
+        path = self._root / key[0] / str(key[1])
+        root = self._root.resolve()
+        for file in (path, *path.rglob("*")):
+            if not file.resolve().is_relative_to(root):
+                raise OutsideError(
+                    f"{file} leads out of the model repository, to {file.resolve()}: copy it there"
+                )
+        return path
+
+
+def is_version(name: str) -> bool:
+    """Whether a directory of this name is a version: a number from 1."""
+    return name.isascii() and name.isdecimal() and name[0] != "0"
 
 
 def _fingerprint(path: Path) -> Fingerprint:
-    marks: list[tuple[str, int, int]] = []
+    marks: list[tuple[str, int, int | str]] = []
     for file in sorted(path.rglob("*")):
         try:
             status = file.stat()
@@ -33,21 +67,3 @@ def _fingerprint(path: Path) -> Fingerprint:
             continue  # it was removed while we looked, and the next look will tell
         marks.append((str(file), status.st_size, status.st_mtime_ns))
     return tuple(marks)
-
-
-class OutsideError(Exception):
-    """A version has files that are not in the repository."""
-
-
-def check_inside(repository: Path, version: Path) -> None:
-    """Returns if `version` and each of its files are in `repository`, wherever links lead.
-
-    Raises:
-      OutsideError: one is not.
-    """
-    root = repository.resolve()
-    for path in (version, *version.rglob("*")):
-        if not path.resolve().is_relative_to(root):
-            raise OutsideError(
-                f"{path} leads out of the model repository, to {path.resolve()}: copy it there"
-            )

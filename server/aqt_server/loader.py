@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from aqt_engine.bundle import BundleError
 from aqt_engine.execution import Mode
-from aqt_server import directory, executor
+from aqt_server import executor
 from aqt_server.directory import Key, OutsideError
 from aqt_server.memory import Memory, NoMemoryError, available
 from aqt_server.settings import Settings
+from aqt_server.source import Source
 
 
 class Outcome(enum.StrEnum):
@@ -41,9 +42,12 @@ def outcome_of(error: Exception) -> Outcome:
 
 
 class Loader:
-    """Loads the versions of the repository that the settings name."""
+    """Loads versions of `source` as the settings say."""
 
-    def __init__(self, settings: Settings, available: Callable[[], int] = available):
+    def __init__(
+        self, settings: Settings, source: Source, available: Callable[[], int] = available
+    ):
+        self._source = source
         self._models = settings.models
         self._memory_limit = settings.serving.model_memory_bytes
         self._available = available
@@ -61,15 +65,13 @@ class Loader:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._load, key, held)
 
     def _load(self, key: Key, held: int) -> executor.Loaded:
-        name, version = key
+        name = key[0]
         models = self._models
         self.loading = True
         try:
             fast = name in models.fast_model or "*" in models.fast_model
-            path = models.model_repository / name / str(version)
-            directory.check_inside(models.model_repository, path)
             return executor.load(
-                path,
+                self._source.local(key),
                 max_batch_rows=self._max_batch_rows,
                 allow_inexact=models.allow_inexact,
                 mode=Mode.FAST if fast else Mode.EXACT,

@@ -22,7 +22,6 @@ import random
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
-from aqt_server import directory
 from aqt_server.directory import Fingerprint, Key
 from aqt_server.errors import (
     DeadlineExceeded,
@@ -36,6 +35,7 @@ from aqt_server.loader import Loader, Outcome, outcome_of
 from aqt_server.policies import Policies, Policy
 from aqt_server.servable import Servable, serve
 from aqt_server.settings import ModelControl, Settings
+from aqt_server.source import Source
 
 _log = logging.getLogger(__name__)
 
@@ -67,15 +67,18 @@ class _Entry:
     servable: Servable | None = None
     lacked_memory_at: int | None = None
     """How often memory had become free when it was refused for want of it."""
+    unread: bool = False
+    """Whether it was refused because its files could not be read, which may pass."""
 
 
 class Repository:
     """All versions by name and number. Belongs to the event loop that it is used in."""
 
-    def __init__(self, settings: Settings, policies: Policies):
+    def __init__(self, settings: Settings, source: Source, policies: Policies):
         self._settings = settings
         self._policies = policies
-        self._loader = Loader(settings)
+        self._source = source
+        self._loader = Loader(settings, source)
         self._random = random.Random()
         self._entries: dict[Key, _Entry] = {}
         self._draining: dict[asyncio.Task[bool], Servable] = {}
@@ -253,12 +256,10 @@ class Repository:
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.shield(task)
 
-    async def _on_disk(self) -> dict[Key, Fingerprint] | None:
+    async def _on_disk(self) -> Mapping[Key, Fingerprint] | None:
         """What the directory has; None if it cannot be read, which may pass."""
         try:
-            return await asyncio.to_thread(
-                directory.versions, self._settings.models.model_repository
-            )
+            return await asyncio.to_thread(self._source.versions)
         except OSError as error:
             _log.error("the model repository cannot be read: %s", error)
             return None
@@ -298,6 +299,7 @@ class Repository:
                 not entry
                 or entry.fingerprint != fingerprint
                 or (again and entry.reason)
+                or entry.unread
                 or entry.lacked_memory_at not in (None, self._freed)
             ):
                 await self._load(key, fingerprint)
@@ -328,6 +330,7 @@ class Repository:
                 reason=str(error) or type(error).__name__,
                 servable=serving,
                 lacked_memory_at=self._freed if outcome is Outcome.NO_MEMORY else None,
+                unread=isinstance(error, OSError),
             )
             return
         if self._closing:

@@ -28,6 +28,7 @@ from aqt_server.security.authorization import Guard
 from aqt_server.security.tls import CertificateError, Certificates
 from aqt_server.service import Service
 from aqt_server.settings import Settings
+from aqt_server.source import Source, SourceError, open_source
 from aqt_server.spans import NoSdkError, Spans
 from aqt_server.tracing import Tracer
 
@@ -52,18 +53,19 @@ def run(settings: Settings) -> None:
       StartError: the repository or a model of it is not there, or a port cannot be had.
     """
     root = settings.models.model_repository
-    if not root.is_dir():
+    try:
+        source = open_source(root, settings.serving.bundle_cache)
+        asked = set(settings.models.load_model) - {"*"}
+        there = {name for name, _ in source.versions()} if asked else set[str]()
+    except (SourceError, OSError) as error:
+        raise StartError(f"--model-repository {error}") from error
+    if missing := sorted(asked - there):
         raise StartError(
-            f"--model-repository {root} is no directory: give one that holds bundles as "
-            f"NAME/VERSION/"
+            f"--load-model {missing[0]} is not in {root}: name a model that has versions there, or "
+            f"leave it out"
         )
-    for name in settings.models.load_model:
-        if name != "*" and not (root / name).is_dir():
-            raise StartError(
-                f"--load-model {name} is not in {root}: name a directory of it, or leave it out"
-            )
     _use_compilation_cache(settings.models.compilation_cache)
-    asyncio.run(_serve(settings))
+    asyncio.run(_serve(settings, source))
 
 
 def _use_compilation_cache(directory: Path) -> None:
@@ -73,7 +75,7 @@ def _use_compilation_cache(directory: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve(settings: Settings, source: Source) -> None:
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
@@ -81,7 +83,7 @@ async def _serve(settings: Settings) -> None:
         policies = Policies(settings.serving.model_policies)
     except PolicyFileError as error:
         raise StartError(str(error)) from error
-    repository = Repository(settings, policies)
+    repository = Repository(settings, source, policies)
     checks = _Health()
     await _set_health(checks, _NOT_SERVING)
     doors = await _open(settings, repository, checks)

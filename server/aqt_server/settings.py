@@ -53,7 +53,12 @@ class Models:
     """Which models are served."""
 
     model_repository: Annotated[
-        Path, Field(title="DIR", description="directory of bundles, NAME/VERSION/")
+        str,
+        Field(
+            title="DIR",
+            description="directory of bundles, NAME/VERSION/, or a URL of one that fsspec knows, "
+            "such as s3://bucket/models; nothing is written there",
+        ),
     ]
     model_control: Annotated[
         ModelControl,
@@ -127,6 +132,14 @@ class Serving:
             "request that names none gets the newest",
         ),
     ] = None
+    bundle_cache: Annotated[
+        Path,
+        Field(
+            title="DIR",
+            description="copies of the bundles of a model repository at a URL; put it on a volume "
+            "that outlives the container, with room for all of them",
+        ),
+    ] = Path("~/.cache/aqt/bundles")
     model_memory_bytes: Annotated[
         PositiveInt | None,
         Field(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -27,13 +26,13 @@ def test_flags_go_before_the_environment_before_the_file_before_the_defaults(tmp
     found = read("--port", "3", env=env, file=file, tmp_path=tmp_path)
     assert (found.listen.port, found.listen.metrics_port, found.listen.host) == (3, 2, "file")
     assert (found.batching.queue_rows, found.batching.max_batch_rows) == (1, 64)
-    assert found.models.model_repository == Path("models")
+    assert found.models.model_repository == "models"
 
 
 def test_the_file_may_be_named_by_the_environment(tmp_path):
     file = tmp_path / "aqt.toml"
     file.write_text("[models]\nmodel_repository = 'models'\n")
-    assert read(env={"AQT_CONFIG": str(file)}).models.model_repository == Path("models")
+    assert read(env={"AQT_CONFIG": str(file)}).models.model_repository == "models"
 
 
 def test_every_form_of_a_value(tmp_path):

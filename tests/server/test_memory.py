@@ -7,6 +7,7 @@ import tritonclient.grpc as stock
 
 from aqt_engine import bundle
 from aqt_server import memory
+from aqt_server.directory import Directory
 from aqt_server.loader import Loader, Outcome, outcome_of
 from aqt_server.memory import Memory, NoMemoryError
 from aqt_server.settings import Models, Serving, Settings
@@ -63,8 +64,8 @@ def test_what_is_free_is_what_the_machine_and_the_container_leave(tmp_path):
 
 
 def test_the_workspace_is_what_the_compiled_executables_say(root):
-    settings = Settings(models=Models(model_repository=root, proof_s=0))
-    loaded = asyncio.run(Loader(settings).load((MODEL, 1), held=0))
+    settings = Settings(models=Models(model_repository=str(root), proof_s=0))
+    loaded = asyncio.run(Loader(settings, Directory(root)).load((MODEL, 1), held=0))
     assert loaded.executor.workspace_nbytes >= 64 * (6 + 4) * 4
     assert loaded.manifest.tile == TILE
 
@@ -72,16 +73,19 @@ def test_the_workspace_is_what_the_compiled_executables_say(root):
 def test_a_version_that_only_its_compilation_shows_too_large_is_refused(root):
     limit = WEIGHTS + 64 * (6 + 4) * 4
     settings = Settings(
-        models=Models(model_repository=root, proof_s=0), serving=Serving(model_memory_bytes=limit)
+        models=Models(model_repository=str(root), proof_s=0),
+        serving=Serving(model_memory_bytes=limit),
     )
     with pytest.raises(NoMemoryError, match="its weights and workspace take") as raised:
-        asyncio.run(Loader(settings).load((MODEL, 1), held=0))
+        asyncio.run(Loader(settings, Directory(root)).load((MODEL, 1), held=0))
     assert outcome_of(raised.value) is Outcome.NO_MEMORY
 
 
 def test_a_version_is_not_read_where_too_little_is_available(root, monkeypatch):
     monkeypatch.setattr(bundle, "load", lambda path: pytest.fail("it was read"))
-    loader = Loader(Settings(models=Models(model_repository=root)), available=lambda: 100)
+    loader = Loader(
+        Settings(models=Models(model_repository=str(root))), Directory(root), available=lambda: 100
+    )
     with pytest.raises(NoMemoryError, match="100 are available"):
         asyncio.run(loader.load((MODEL, 1), held=0))
 

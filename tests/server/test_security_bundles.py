@@ -12,7 +12,7 @@ from jax import export
 
 from aqt_engine import bundle
 from aqt_engine.foreign_code import foreign_calls
-from aqt_server.directory import OutsideError, check_inside, versions
+from aqt_server.directory import Directory, OutsideError
 from bundles import write_linear
 from server.messages import MODEL, raises_status, stock_input, x_of
 from server_process import WAIT_S, serving
@@ -104,18 +104,18 @@ def test_a_path_that_leads_out_of_the_repository_is_found(tmp_path):
         path.mkdir(parents=True)
     (outside / "1" / "file").touch()
     (root / "m" / "1" / "inside").symlink_to("weights")
-    check_inside(root, root / "m" / "1")
+    assert Directory(root).local(("m", 1)) == root / "m" / "1"
     (root / "link").symlink_to(outside)
     (root / "n" / "1").symlink_to(outside / "1")
     (root / "n" / "2").mkdir()
     (root / "n" / "2" / "file").symlink_to("../../../outside/1/file")
-    assert ("link", 1) in versions(root)
-    for name, number in (("link", "1"), ("n", "1"), ("n", "2")):
+    assert ("link", 1) in Directory(root).versions()
+    for name, number in (("link", 1), ("n", 1), ("n", 2)):
         with pytest.raises(OutsideError, match="leads out of the model repository"):
-            check_inside(root, root / name / number)
+            Directory(root).local((name, number))
     # The repository itself may be a link.
     (tmp_path / "other").symlink_to(root)
-    check_inside(tmp_path / "other", tmp_path / "other" / "m" / "1")
+    assert Directory(tmp_path / "other").local(("m", 1)) == tmp_path / "other" / "m" / "1"
 
 
 @pytest.mark.slow
