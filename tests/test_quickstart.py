@@ -21,7 +21,7 @@ def block(name):
 
 def test_quickstart(tmp_path):
     python = tmp_path / "quickstart.py"
-    python.write_text(block("python"))
+    python.write_text(block("python") + block("rules"))
     subprocess.run([sys.executable, python], cwd=tmp_path, check=True, timeout=WAIT_S)
     assert block("serve").split()[:2] == [".venv/bin/aqt", "serve"]
     repository = tmp_path / block("serve").split("--model-repository ")[1].split()[0]
