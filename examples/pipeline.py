@@ -14,7 +14,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from rich.console import Console
 
-from aqt_client import Client
+from aqt_client import Client, DeadlineExceeded, NotFound, Unavailable
 
 READY_S = 300
 
@@ -50,7 +50,7 @@ def _command(name: str) -> Path:
 
 @contextlib.contextmanager
 def server(repository: Path) -> Iterator[str]:
-    """A server process of its own, on a free port; gives its address. A failure shows its log."""
+    """A server process of its own, on a free port; gives its address."""
     command = [_command("aqt"), "serve", "--model-repository", repository]
     command += ["--port", "0", "--metrics-port", "0"]
     with tempfile.TemporaryFile("w+") as log:
@@ -67,9 +67,16 @@ def server(repository: Path) -> Iterator[str]:
 
 
 def wait_ready(client: Client, model: str) -> None:
-    """Returns when the server has proved the model; raises TimeoutError if it never does."""
+    """Returns when the server has proved the model.
+
+    Raises:
+      ServerError: the server has refused it, and says why.
+      TimeoutError: it does neither.
+    """
     end = time.monotonic() + READY_S
     while not client.is_model_ready(model):
         if time.monotonic() > end:
             raise TimeoutError(f"{model} did not become ready in {READY_S} s")
+        with contextlib.suppress(NotFound, Unavailable, DeadlineExceeded):
+            client.model_metadata(model)
         time.sleep(0.1)

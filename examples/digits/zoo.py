@@ -11,10 +11,8 @@ import numpy as np
 from aqt_engine import QuantMode
 from aqt_engine.flax.nnx import split
 from examples.digits import convnet, model, perceptron
-from examples.digits.train import split_digits, train
+from examples.digits.train import EPOCHS, split_digits, train
 from examples.entry import Arrays, Forward, Model, Quality, answers, forward_of
-
-EPOCHS = 12
 
 _FACTORIES = {
     "mixer_float": lambda mode: model.float_model(),
