@@ -9,7 +9,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --upgrade pyproject.toml --universal --
 demo: .venv/installed  ## trains, converts, serves and compares every bit
 	$(BIN)/python -m examples.digits.demo
 
-zoo: .venv/installed  ## the same for every model of examples/zoo.py: under ten minutes
+zoo: .venv/installed  ## the same for every model of examples/zoo.py
 	$(BIN)/python -m examples.zoo
 
 papers: .venv/installed  ## results of papers in small: examples/papers/README.md

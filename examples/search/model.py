@@ -13,6 +13,7 @@ from aqt_engine import config, einsum
 
 NEAREST = 5
 INT8 = config.fully_quantized(fwd_bits=8, bwd_bits=None)
+FLOAT = config.DotGeneral()
 
 
 def search(variables: Mapping[str, jax.Array], query: jax.Array) -> dict[str, jax.Array]:
@@ -21,11 +22,11 @@ def search(variables: Mapping[str, jax.Array], query: jax.Array) -> dict[str, ja
 
 
 def float_search(variables: Mapping[str, jax.Array], query: jax.Array) -> dict[str, jax.Array]:
-    return _search(variables, query, None)
+    return _search(variables, query, FLOAT)
 
 
 def _search(
-    variables: Mapping[str, jax.Array], query: jax.Array, quantization: config.DotGeneral | None
+    variables: Mapping[str, jax.Array], query: jax.Array, quantization: config.DotGeneral
 ) -> dict[str, jax.Array]:
     length = jnp.sqrt((query * query).sum(axis=1, keepdims=True))
     unit = query / jnp.maximum(length, 1e-6)

@@ -3,6 +3,7 @@
 import pytest
 
 from aqt_engine import bundle
+from examples import zoo
 from examples.serving_the_zoo import assert_no_float_copy, assert_served_exactly
 
 pytestmark = pytest.mark.slow
@@ -17,3 +18,11 @@ def test_served_exactly_without_a_float_copy(tmp_path):
         w for w in bundle.read_manifest(repository / "search_int8" / "1").weights if w.bits == 8
     ]
     assert database.shape == (1347, 64)
+
+
+def test_the_int8_search_finds_what_the_float_search_finds():
+    search = zoo.MODELS["search_int8"]
+    found = search.quality(search.training_forward(search.variables(False)))
+    assert found["agreement at 5"] > 0.9
+    assert found["accuracy of the nearest's digit"] > 0.95
+    assert search.float_quality()["agreement at 5"] == 1
