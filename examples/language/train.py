@@ -11,7 +11,7 @@ import optax
 
 from examples.language.model import LONGEST, Scorer
 
-STEPS = 500
+STEPS = 300
 BATCH = 16
 HELD_OUT = 0.1
 

@@ -13,7 +13,7 @@ from sklearn.datasets import load_diabetes
 
 from examples.patients.model import DEVIATION, Prognosis
 
-STEPS = 300
+STEPS = 60
 HELD_OUT = 110
 THRESHOLD = np.array([150], np.float32)
 
