@@ -121,6 +121,7 @@ def test_weights_in_closures_are_folded_too():
     assert stored == {"bias": "float32", "closure/qvalue": "int8", "closure/scale": "float32"}
 
 
+@pytest.mark.slow
 def test_a_linen_model_needs_no_modes():
     model = nn.Sequential([nn.Dense(6, dot_general=AqtDotGeneral(INT8)), nn.relu])
     variables = model.init(jax.random.key(0), X)
@@ -266,6 +267,7 @@ def plain(v, x):
         return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x @ v["first"], v["rest"])[0]
 
 
+@pytest.mark.slow
 def test_a_function_that_rules_quantize_is_folded_with_its_static_scales():
     static = config.update(INT8, "fwd.lhs", calibration=MeanOfAbsMaxCalibration())
     static = config.update(static, "fwd.lhs", calibration_mode=CalibrationMode.ALL_AXES)

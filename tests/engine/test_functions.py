@@ -74,6 +74,7 @@ def test_rules_without_effect_are_refused():
         quantize(two_layers, rules)(LAYERS, X)
 
 
+@pytest.mark.slow
 def test_gradients_jit_and_vmap_are_those_of_our_ops():
     def by_hand(v, x):
         return dense(dense(jnp.tanh(dense(x, v["first"])), v["second"]), v["second"])
@@ -89,6 +90,7 @@ def test_gradients_jit_and_vmap_are_those_of_our_ops():
         assert_same_bits(mapped, jnp.stack([f(LAYERS, x) for x in batches]))
 
 
+@pytest.mark.slow
 def test_convolutions_and_ragged_contractions():
     def conv(x, k):
         return jax.lax.conv_general_dilated(x, k, (2, 1), "SAME", feature_group_count=2)
@@ -119,6 +121,7 @@ def looped(contract):
     return fn
 
 
+@pytest.mark.slow
 def test_loops_branches_calls_and_their_gradients():
     quantized, by_hand = quantize(looped(jnp.matmul), everywhere()), looped(dense)
     for transform in (jax.jit, lambda f: jax.jit(jax.grad(lambda v, x: (f(v, x) ** 2).sum()))):
@@ -136,6 +139,7 @@ def test_while_loops():
     assert_same_bits(jax.jit(quantized)(X, W), jax.jit(fn(dense))(X, W))
 
 
+@pytest.mark.slow
 def test_shard_map():
     mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("d")
@@ -146,6 +150,7 @@ def test_shard_map():
     assert gradient(W).shape == W.shape
 
 
+@pytest.mark.slow
 def test_noise_needs_a_key_and_every_site_and_turn_has_its_own():
     def fn(v, x):
         def turn(total, _):

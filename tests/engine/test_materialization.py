@@ -56,6 +56,7 @@ TAILS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("po2", [True, False])
 @pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
 def test_float_sums_behind_a_scale_are_served_as_trained(tail, po2):

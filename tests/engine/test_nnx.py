@@ -43,6 +43,7 @@ class Model(nnx.Module):
         return h
 
 
+@pytest.mark.slow
 def test_by_rules_a_copy_is_quantized_and_the_model_is_not_changed():
     model = Model(nnx.Rngs(0))
     before = nnx.split(model)
@@ -79,6 +80,7 @@ def test_by_rules_a_copy_is_quantized_and_the_model_is_not_changed():
         aqt_nnx.quantize(model, Rules((Rule(modules="layer/.*", config=INT8),)))
 
 
+@pytest.mark.slow
 def test_what_no_layer_has_an_op_for_is_reported():
     class Tied(nnx.Module):
         def __init__(self, rngs):
@@ -119,6 +121,7 @@ def test_the_bits_are_those_of_linen(kind):
     assert_same_bits(quantized(X), expected)
 
 
+@pytest.mark.slow
 def test_trained_with_stochastic_rounding_each_call_draws_its_own():
     model = aqt_nnx.quantize(Model(nnx.Rngs(0)), everywhere(INT8), rngs=nnx.Rngs(1))
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)

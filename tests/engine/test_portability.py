@@ -144,6 +144,7 @@ def test_what_cannot_be_summed_is_refused():
     assert ops.ordered_sum(np.zeros((2, 0), np.float32)).shape == (2,)
 
 
+@pytest.mark.slow
 def test_conversion_refuses_what_is_not_portable_by_name(tmp_path):
     model, variables, inputs = transforming()
     with pytest.raises(convert.ConversionError, match=r"`exp` in .*attention.*approximated"):

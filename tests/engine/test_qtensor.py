@@ -76,6 +76,7 @@ def test_an_empty_cache_is_zeros():
     assert not np.asarray(cache.dequant()).any()
 
 
+@pytest.mark.slow
 def test_attention_over_a_quantized_cache_is_that_over_quantized_keys_and_values():
     c = config.config_v4(8, None, None)
     rng = np.random.default_rng(0)

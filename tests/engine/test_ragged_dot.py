@@ -60,6 +60,7 @@ def group_by_group(c):
     return run
 
 
+@pytest.mark.slow
 def test_forward_is_numpys_integer_sum_times_both_scales():
     lhs, rhs, _ = operands()
     found = contraction(INT8)(lhs, rhs)

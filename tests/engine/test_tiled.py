@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aqt_engine import QuantMode, config, dot_general, einsum
+from aqt_engine import QTensor, QuantMode, config, dot_general, einsum
 from aqt_engine.flax import AqtDotGeneral, AqtEinsum
 from aqt_engine.ops import TileCount, TileSize, Tiling, tiled_dot_general, tiled_einsum
 from aqt_engine.ops.tiled import quantize_lhs, quantize_rhs
@@ -23,6 +23,7 @@ def operands(lhs, rhs, seed=0):
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (lhs, rhs)]
 
 
+@pytest.mark.slow
 def test_tiles_of_the_contracted_axis_are_contracted_apart_and_summed():
     lhs, rhs = operands((4, 12), (12, 5))
     found = tiled_dot_general(lhs, rhs, MATMUL, config=INT8, tiling=Tiling(lhs=(TileCount(1, 3),)))
@@ -74,6 +75,7 @@ def test_tiles_sum_to_the_whole_and_may_be_stored_on_either_side(lhs, rhs, numbe
     assert_same_bits(tiled(stored, other), found)
 
 
+@pytest.mark.slow
 def test_blocks_of_a_weight_have_one_scale_each():
     lhs, rhs = operands((4, 12), (12, 6))
     # The weight in tiles is (3, 4, 2, 3): counted from the end, what each tile holds.
@@ -117,7 +119,9 @@ def test_a_module_stores_and_serves_tiles(module):
     x, w = operands((4, 12), (12, 6))
     trained, _ = module(QuantMode.TRAIN)({}, x, w)
     converted, variables = module(QuantMode.CONVERT)({}, x, w)
-    assert [v.shape for v in jax.tree.leaves(variables)] == [(3, 4, 6), (3, 1, 6)]
+    leaves = jax.tree.leaves(variables, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    (stored,) = (leaf for leaf in leaves if isinstance(leaf, QTensor))
+    assert (stored.qvalue.shape, stored.scale.shape) == ((3, 4, 6), (3, 1, 6))
     served, _ = module(QuantMode.SERVE)(variables, x, jnp.zeros_like(w))
     assert_same_bits(converted, trained)
     assert_same_bits(served, trained)
@@ -186,6 +190,7 @@ def test_sizes_that_do_not_fit_are_named():
         einsum("ab,bc->ac", lhs, rhs, config=INT8)
 
 
+@pytest.mark.slow
 def test_a_sum_of_no_values_gives_zeros():
     lhs, rhs = operands((4, 0), (0, 6))
     out, vjp = jax.vjp(functools.partial(einsum, "ab,bc->ac", config=INT8), lhs, rhs)

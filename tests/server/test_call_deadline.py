@@ -39,11 +39,12 @@ class OneModel:
             mode=Mode.EXACT,
             verdict="",
             bucket_rows=(4,),
+            workspace_nbytes=0,
             batcher=Batcher(self._compute, max_batch_rows=4, queue_rows=8, statistics=statistics),
             statistics=statistics,
         )
 
-    def get(self, name, version):
+    def get(self, name, version, **_):
         return self.servable
 
     def _compute(self, inputs):
