@@ -4,7 +4,7 @@ BIN := .venv/bin
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade pyproject.toml --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-annotate --no-header
 
-.PHONY: demo zoo papers bench-training test check fmt proto lock clean
+.PHONY: demo zoo papers attack bench-training test check fmt proto lock clean
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
 	$(BIN)/python -m examples.digits.demo
@@ -15,6 +15,9 @@ zoo: .venv/installed  ## the same for every model of examples/zoo.py
 papers: .venv/installed  ## results of papers in small: examples/papers/README.md
 	for name in pareto native_4bit binary int8_backward; do \
 		$(BIN)/python -m examples.papers.$$name || exit 1; done
+
+attack: .venv/installed  ## 100,000 random requests against live servers, bit for bit
+	PYTHONPATH=tests $(BIN)/python -m exactness
 
 bench-training: .venv/installed  ## what AQT's training step costs: docs/performance.md
 	$(BIN)/python -m benchmarks.training --json out/bench/training.json

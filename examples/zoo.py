@@ -16,6 +16,7 @@ from rich.table import Table
 
 from aqt_client import Client
 from aqt_engine import bundle, witness
+from aqt_engine.convert import convert
 from examples.digits.zoo import MODELS as DIGITS
 from examples.entry import Arrays, Forward, Model
 from examples.language.zoo import MODELS as LANGUAGE
@@ -25,6 +26,8 @@ from examples.search.zoo import MODELS as SEARCH
 from examples.sentences.zoo import MODELS as SENTENCES
 
 MODELS = {model.name: model for model in (*DIGITS, *SENTENCES, *LANGUAGE, *PATIENTS, *SEARCH)}
+# MiniLM takes seconds for what the others do in milliseconds.
+SMALL = tuple(name for name in MODELS if not name.startswith("minilm"))
 
 OUT = Path("out/zoo")
 EXAMPLE_ROWS = 32
@@ -92,6 +95,23 @@ def make(model: Model, out: Path, *, fast: bool = False) -> Forward:
     aqt(
         *("convert", "--model", model.factory, "--checkpoint", files / "checkpoint"),
         *("--example", files / "example.npz", *options, "--output", converted),
+    )
+    return model.training_forward(variables)
+
+
+def convert_untrained(model: Model, repository: Path) -> Forward:
+    """Converts `model` at once, here, with weights that were not trained; gives its R.
+
+    For whom the bits matter and not the quality. Static scales are not learned.
+    """
+    variables = model.variables(True)
+    convert(
+        model.convertible(),
+        variables,
+        _example(model),
+        repository / model.name / "1",
+        signature=model.signature,
+        tile=model.tile,
     )
     return model.training_forward(variables)
 

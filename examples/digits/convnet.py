@@ -25,7 +25,7 @@ class ConvNet(nn.Module):
             x = nn.Conv(features, (3, 3), strides=2, conv_general_dilated=convolution)(x)
             x = nn.relu(nn.LayerNorm()(x))
         dot_general = AqtDotGeneral(self.config, rhs_quant_mode=self.quant_mode)
-        logits = nn.Dense(CLASSES, dot_general=dot_general)(x.reshape(len(x), -1))
+        logits = nn.Dense(CLASSES, dot_general=dot_general)(x.reshape(x.shape[0], -1))
         return {"logits": logits, "digit": jnp.argmax(logits, axis=-1).astype(jnp.int32)}
 
 

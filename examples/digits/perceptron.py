@@ -27,7 +27,7 @@ class Perceptron(nnx.Module):
         self.last = nnx.Linear(WIDTH, 10, rngs=rngs)
 
     def __call__(self, image: jax.Array) -> dict[str, jax.Array]:
-        x = nnx.relu(self.first(image.reshape(len(image), 64) / 16))
+        x = nnx.relu(self.first(image.reshape(image.shape[0], 64) / 16))
         logits = self.last(nnx.relu(self.second(x)))
         return {"logits": logits, "digit": jnp.argmax(logits, axis=-1).astype(jnp.int32)}
 
