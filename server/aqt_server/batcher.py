@@ -3,13 +3,16 @@
 There is one queue and one thread that computes. While it computes, requests gather; when it is
 free, it takes as many whole requests as fit, those of a higher priority first and otherwise in the
 order of their arrival. A batch is of one group, that of the request whose turn it is: requests of
-other shapes are passed over and keep their places. No request waits for company: alone, it runs at
-once. A request whose caller has gone, or whose deadline has passed, leaves the queue and is never
-computed. That companions do not change an answer is the program's promise.
+other shapes are passed over and keep their places. No request waits for company, unless the policy
+of the model says so: alone, it runs at once. One that could not be answered in its time, by what
+batches have taken so far, is refused at once. One whose caller has gone, or whose deadline has
+passed, leaves the queue and is never computed. That companions do not change an answer is the
+program's promise.
 """
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Hashable
@@ -21,6 +24,7 @@ import numpy as np
 from aqt_engine.bundle import Arrays
 from aqt_server.codec import rows_of
 from aqt_server.errors import DeadlineExceeded, InvalidRequest, NotReady, Overloaded
+from aqt_server.service_time import ServiceTime
 from aqt_server.statistics import Statistics, Times
 
 PRIORITY_LEVELS = 10
@@ -28,6 +32,18 @@ PRIORITY_LEVELS = 10
 DEFAULT_PRIORITY = 5
 
 Outputs = dict[str, np.ndarray[Any, Any]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Company:
+    """How long requests wait for others: until there are `rows` of them, one of these numbers.
+
+    At the latest `delay_s` seconds after the first of them came the batch goes as it is. With no
+    `rows`, they wait for a full batch.
+    """
+
+    delay_s: float = 0.0
+    rows: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +62,7 @@ class _Waiting:
     priority: int
     deadline: float | None
     queued: int
+    since: float
     answer: asyncio.Future[Answer]
 
     @property
@@ -68,15 +85,19 @@ class Batcher:
         max_batch_rows: int,
         queue_rows: int,
         statistics: Statistics,
+        company: Company = Company(),
     ):
         self._program = program
         self._max_batch_rows = max_batch_rows
         self._queue_rows = queue_rows
         self._statistics = statistics
+        self.company = company
+        self._service_time = ServiceTime()
         self._levels = tuple(
             collections.OrderedDict[_Waiting, None]() for _ in range(PRIORITY_LEVELS)
         )
         self._computing: list[_Waiting] = []
+        self._started = 0.0
         self.pending_rows = 0
         """Rows that wait in the queue."""
         self._arrived = asyncio.Event()
@@ -96,22 +117,25 @@ class Batcher:
         group: Hashable = (),
         priority: int = DEFAULT_PRIORITY,
         deadline: float | None = None,
+        answer_by: float | None = None,
     ) -> Answer:
         """The answer to one request.
 
         Requests of one `group` have inputs of the same shapes but for the rows. `priority` is from
         1, the highest, to `PRIORITY_LEVELS`. `deadline` is in the event loop's time; a request that
-        is computed by then is answered, however long that takes.
+        is being computed by then is answered, however long that takes. After `answer_by` nobody
+        waits for the answer.
 
         Raises:
           InvalidRequest: it has more rows than the queue may ever hold.
           Overloaded: the queue is full.
-          DeadlineExceeded: the deadline passed in the queue.
+          DeadlineExceeded: the deadline passed in the queue, or is certain to.
           NotReady: the version is being unloaded, or was cut off while it computed.
         """
         rows = rows_of(inputs)
         loop = asyncio.get_running_loop()
         self._admit(rows)
+        self._check_time(group, rows, priority, deadline, answer_by)
         waiting = _Waiting(
             inputs=inputs,
             rows=rows,
@@ -119,6 +143,7 @@ class Batcher:
             priority=priority,
             deadline=deadline,
             queued=time.monotonic_ns(),
+            since=loop.time(),
             answer=loop.create_future(),
         )
         self._levels[priority - 1][waiting] = None
@@ -169,6 +194,37 @@ class Batcher:
                 retry_s=self._statistics.expected_s(self.pending_rows),
             )
 
+    def _check_time(
+        self,
+        group: Hashable,
+        rows: int,
+        priority: int,
+        deadline: float | None,
+        answer_by: float | None,
+    ) -> None:
+        """Refuses what cannot be done in time, even if all goes as fast as it went so far.
+
+        An idle version takes everything, so that what batches take is measured again.
+        """
+        if (deadline is None and answer_by is None) or not (self._computing or self.pending_rows):
+            return
+        now = asyncio.get_running_loop().time()
+        expected = self._service_time.expected
+        start = now
+        if self._computing:
+            taken = sum(waiting.rows for waiting in self._computing)
+            start = max(start, self._started + expected(self._computing[0].group, taken))
+        ahead = sum(waiting.rows for level in self._levels[:priority] for waiting in level)
+        start += ahead // self._max_batch_rows * expected(group, self._max_batch_rows)
+        answered = start + expected(group, rows)
+        late = deadline is not None and start > deadline
+        if late or (answer_by is not None and answered > answer_by):
+            raise DeadlineExceeded(
+                f"the request would be computed in {start - now:.3g} s and answered in "
+                f"{answered - now:.3g} s, as {ahead} rows wait before it, and its time is up "
+                f"before: allow it more, or send fewer at once"
+            )
+
     def _remove(self, waiting: _Waiting) -> bool:
         """Takes `waiting` out of the queue, if it is still there."""
         level = self._levels[waiting.priority - 1]
@@ -190,7 +246,15 @@ class Batcher:
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            batch = self._computing = self._take(loop.time())
+            now = self._started = loop.time()
+            company, until = self._gathered(now)
+            if until > now:
+                self._arrived.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(until):
+                        await self._arrived.wait()
+                continue
+            batch = self._computing = self._take(now, company)
             if batch:
                 try:
                     answers = await loop.run_in_executor(self._thread, self._compute, batch)
@@ -200,6 +264,7 @@ class Batcher:
                 else:
                     rows = sum(waiting.rows for waiting in batch)
                     self._statistics.batches[rows].add(answers[0].times)
+                    self._service_time.add(batch[0].group, rows, loop.time() - now)
                     for waiting, answer in zip(batch, answers, strict=True):
                         if not waiting.answer.done():
                             waiting.answer.set_result(answer)
@@ -209,8 +274,27 @@ class Batcher:
                 self._arrived.clear()
                 await self._arrived.wait()
 
-    def _take(self, now: float) -> list[_Waiting]:
-        """The next requests that fit into a batch; one that is larger goes alone."""
+    def _gathered(self, now: float) -> tuple[int, float]:
+        """The rows of the next batch, and until when it waits for company; now or before: no more.
+
+        No request is held for more than half of the time that it has.
+        """
+        delay_s = self.company.delay_s
+        queued = [waiting for level in self._levels for waiting in level]
+        if not delay_s or not queued or self._closed:
+            return self._max_batch_rows, now
+        companions = [waiting for waiting in queued if waiting.group == queued[0].group]
+        rows = sum(waiting.rows for waiting in companions)
+        wanted = [n for n in self.company.rows if n <= self._max_batch_rows]
+        reached = [n for n in wanted or [self._max_batch_rows] if n <= rows]
+        if reached:
+            return max(reached), now
+        ends = [w.since + delay_s for w in companions]
+        ends += [(w.since + w.deadline) / 2 for w in companions if w.deadline is not None]
+        return self._max_batch_rows, min(ends)
+
+    def _take(self, now: float, most: int) -> list[_Waiting]:
+        """The next requests that fit into a batch of `most` rows; one that is larger goes alone."""
         batch: list[_Waiting] = []
         rows = 0
         for level in self._levels:
@@ -220,7 +304,7 @@ class Batcher:
                     continue
                 if batch and waiting.group != batch[0].group:
                     continue
-                if batch and rows + waiting.rows > self._max_batch_rows:
+                if batch and rows + waiting.rows > most:
                     return batch
                 self._remove(waiting)
                 # Cancelled, and its caller has not been woken to remove it.

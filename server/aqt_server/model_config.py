@@ -25,6 +25,7 @@ def model_config(servable: Servable, versions: Versions) -> pb.ModelConfig:
     computes; the buckets of its symbolic dimensions; and the inputs that are one scalar for all
     rows of a request.
     """
+    company = servable.batcher.company
     return pb.ModelConfig(
         name=servable.name,
         platform=PLATFORM,
@@ -40,7 +41,8 @@ def model_config(servable: Servable, versions: Versions) -> pb.ModelConfig:
             for spec in servable.manifest.outputs
         ],
         dynamic_batching=pb.ModelDynamicBatching(
-            preferred_batch_size=servable.bucket_rows,
+            preferred_batch_size=company.rows or servable.bucket_rows,
+            max_queue_delay_microseconds=round(company.delay_s * 1e6),
             priority_levels=PRIORITY_LEVELS,
             default_priority_level=DEFAULT_PRIORITY,
             default_queue_policy=pb.ModelQueuePolicy(

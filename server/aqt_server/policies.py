@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import pydantic
-from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+)
 
 from aqt_server.security.watched import Watched
 
@@ -67,7 +74,9 @@ class Policy:
     """What is said of one model.
 
     `aliases` are names for versions. `split` has the weights by which requests that name no version
-    are shared out among aliases or numbers.
+    are shared out among aliases or numbers. The rest is of the queue of each version that is loaded
+    from now on: how many rows it holds (None: as the settings say), and how long requests wait
+    there for others, until they have together as many rows as one of `preferred_rows`.
     """
 
     versions: Annotated[Versions, BeforeValidator(_versions)] = Versions()
@@ -75,11 +84,16 @@ class Policy:
         default_factory=dict
     )
     split: Mapping[str, PositiveFloat] = Field(default_factory=dict)
+    queue_rows: PositiveInt | None = None
+    max_delay_ms: NonNegativeFloat = 0.0
+    preferred_rows: tuple[PositiveInt, ...] = ()
 
     def __post_init__(self):
         for target in self.split:
             if self.number(target) is None:
                 raise ValueError(f"split has {target!r}, which is no alias and no version")
+        if self.preferred_rows and not self.max_delay_ms:
+            raise ValueError("preferred_rows needs max_delay_ms, for else nothing waits")
 
     def number(self, version: str) -> int | None:
         """The version that `version` names, an alias or a number; None if it is neither."""

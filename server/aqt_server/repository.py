@@ -335,7 +335,12 @@ class Repository:
             return
         if self._closing:
             return
-        servable = serve(key, loaded, queue_rows=self._settings.batching.queue_rows)
+        servable = serve(
+            key,
+            loaded,
+            self._policies.of(name),
+            queue_rows=self._settings.batching.queue_rows,
+        )
         self._entries[key] = _Entry(state=State.READY, fingerprint=fingerprint, servable=servable)
         self.loads[name, Outcome.READY] += 1
         _log.info("ready %s version %d, mode %s, %s", name, version, loaded.mode, loaded.verdict)

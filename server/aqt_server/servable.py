@@ -4,9 +4,10 @@ import dataclasses
 
 from aqt_engine.bundle import Manifest
 from aqt_engine.execution import Mode
-from aqt_server.batcher import Batcher
+from aqt_server.batcher import Batcher, Company
 from aqt_server.directory import Key
 from aqt_server.executor import Loaded
+from aqt_server.policies import Policy
 from aqt_server.statistics import Statistics
 
 
@@ -35,8 +36,11 @@ class Servable:
         return self.manifest.nbytes + self.workspace_nbytes
 
 
-def serve(key: Key, loaded: Loaded, *, queue_rows: int) -> Servable:
-    """The version `key`, loaded, with a queue of `queue_rows` rows in the running event loop."""
+def serve(key: Key, loaded: Loaded, policy: Policy, *, queue_rows: int) -> Servable:
+    """The version `key`, loaded, with a queue in the running event loop.
+
+    It holds `queue_rows` rows, unless `policy` says otherwise.
+    """
     statistics = Statistics()
     return Servable(
         name=key[0],
@@ -50,8 +54,9 @@ def serve(key: Key, loaded: Loaded, *, queue_rows: int) -> Servable:
         batcher=Batcher(
             loaded.executor,
             max_batch_rows=loaded.executor.bucket_rows[-1],
-            queue_rows=queue_rows,
+            queue_rows=policy.queue_rows or queue_rows,
             statistics=statistics,
+            company=Company(delay_s=policy.max_delay_ms / 1e3, rows=policy.preferred_rows),
         ),
         statistics=statistics,
     )

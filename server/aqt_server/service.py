@@ -125,6 +125,7 @@ class Service(Administration):
                 group=decoded.length_bucket,
                 priority=schedule.priority,
                 deadline=schedule.deadline,
+                answer_by=schedule.answer_by,
             )
             found = answer.outputs
             if decoded.sizes:
@@ -157,6 +158,7 @@ def _status(error: BaseException) -> str:
 class _Schedule:
     priority: int
     deadline: float | None
+    answer_by: float | None
 
 
 def _schedule(request: pb.ModelInferRequest, call: Call) -> _Schedule:
@@ -171,6 +173,7 @@ def _schedule(request: pb.ModelInferRequest, call: Call) -> _Schedule:
     return _Schedule(
         priority=priority or DEFAULT_PRIORITY,
         deadline=now + min(limits_s) if limits_s else None,
+        answer_by=None if call.remaining_s is None else now + call.remaining_s,
     )
 
 

@@ -9,9 +9,9 @@ from aqt_server.batcher import Batcher
 from aqt_server.call import Call
 from aqt_server.errors import DeadlineExceeded
 from aqt_server.logs import LogSettings
-from aqt_server.repository import Servable
 from aqt_server.security.authentication import ANONYMOUS
 from aqt_server.security.authorization import Guard
+from aqt_server.servable import Servable
 from aqt_server.service import Service
 from aqt_server.settings import Access, Limits, Tls
 from aqt_server.spans import Spans

@@ -1,0 +1,221 @@
+"""When a batch goes and what is refused for want of time, by a clock that the tests turn."""
+
+import asyncio
+import concurrent.futures
+
+import numpy as np
+import pytest
+import tritonclient.grpc as stock
+
+from aqt_server.batcher import Batcher, Company
+from aqt_server.errors import DeadlineExceeded, Overloaded
+from aqt_server.policies import Policy
+from aqt_server.service_time import ServiceTime
+from aqt_server.statistics import Statistics
+from bundles import reference, write_linear
+from engine.contractions import assert_same_bits
+from server.messages import MODEL, raises_status, stock_input, x_of
+from server.test_batcher import Doubling, rows, until_computing
+from server_process import WAIT_S, serving
+
+AT_ONCE = Company()
+
+
+class Clock(asyncio.SelectorEventLoop):
+    """An event loop in which only the test moves the time."""
+
+    now = 1000.0
+
+    def time(self):
+        return self.now
+
+
+async def turn(seconds):
+    """Moves the time, after what is under way has begun, and lets everything happen that is due."""
+    for moved in (0, seconds):
+        asyncio.get_running_loop().now += moved
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+
+def with_batcher(test, *, company=AT_ONCE, queue_rows=100):
+    async def main():
+        program = Doubling()
+        batcher = Batcher(
+            program,
+            max_batch_rows=8,
+            queue_rows=queue_rows,
+            statistics=Statistics(),
+            company=company,
+        )
+        try:
+            await test(program, batcher)
+        finally:
+            program.gate.set()
+            await batcher.close(60)
+
+    with asyncio.Runner(loop_factory=Clock) as runner:
+        runner.run(main())
+
+
+def ask(batcher, *values, **given):
+    return asyncio.create_task(batcher.run(rows(*values), **given))
+
+
+async def computed_in(program, batcher, seconds, count=1):
+    """Computes `count` rows, which takes `seconds`."""
+    program.gate.clear()
+    program.started.clear()
+    task = ask(batcher, *[0] * count)
+    await until_computing(program)
+    await turn(seconds)
+    program.gate.set()
+    await task
+    program.started.clear()
+
+
+def test_the_average_follows_what_is_measured():
+    measured = ServiceTime()
+    assert measured.expected((), 8) == 0
+    measured.add((), 8, 1.0)
+    assert (measured.expected((), 5), measured.expected((), 100)) == (1.0, 1.0)
+    # Of smaller batches nothing is known, nor of other groups.
+    assert (measured.expected((), 4), measured.expected((16,), 8)) == (0, 0)
+    measured.add((), 7, 2.0)
+    assert measured.expected((), 8) == pytest.approx(1.2)
+    for _ in range(60):
+        measured.add((), 8, 3.0)
+    assert measured.expected((), 8) == pytest.approx(3.0, rel=1e-4)
+
+
+def test_what_cannot_be_answered_in_time_is_refused_at_once():
+    async def test(program, batcher):
+        await computed_in(program, batcher, 2.0)
+        await computed_in(program, batcher, 4.0, count=8)
+        program.gate.clear()
+        now = asyncio.get_running_loop().time()
+        # Idle, it takes everything: for all it knows, the next one is faster.
+        first = ask(batcher, 1, answer_by=now + 1.0)
+        await until_computing(program)
+        await turn(0.5)
+        now += 0.5
+        # 1.5 s until the first is done, and 2 s for one row.
+        with pytest.raises(DeadlineExceeded, match=r"in 1\.5 s and answered in 3\.5 s"):
+            await batcher.run(rows(2), answer_by=now + 3.4)
+        # A timeout is for the wait alone.
+        with pytest.raises(DeadlineExceeded, match=r"computed in 1\.5 s"):
+            await batcher.run(rows(2), deadline=now + 1.4)
+        taken = [ask(batcher, 3, answer_by=now + 3.6), ask(batcher, 4, deadline=now + 1.6)]
+        await turn(0)
+        assert batcher.pending_requests == 2
+        # A full batch of 4 s before it; with a higher priority it would not have to wait for that.
+        full = ask(batcher, *range(7))
+        await turn(0)
+        with pytest.raises(DeadlineExceeded, match="as 9 rows wait before it"):
+            await batcher.run(rows(5), answer_by=now + 7.4)
+        taken += [full, ask(batcher, 6, priority=1, answer_by=now + 3.6)]
+        program.gate.set()
+        await asyncio.gather(first, *taken)
+        # What was refused was never computed.
+        computed = sorted(value for batch in program.batches[2:] for value in batch)
+        assert computed == sorted([1, 3, 4, *range(7), 6])
+
+    with_batcher(test)
+
+
+def test_a_version_that_was_slow_once_is_tried_again_when_it_is_idle():
+    async def test(program, batcher):
+        await computed_in(program, batcher, 1000.0)
+        for _ in range(3):
+            answer = await batcher.run(rows(1), answer_by=asyncio.get_running_loop().time() + 1)
+            assert answer.outputs["y"] == 2
+
+    with_batcher(test)
+
+
+def test_requests_wait_for_a_full_batch_no_longer_than_they_may():
+    async def test(program, batcher):
+        program.gate.set()
+        first = ask(batcher, 1)
+        await turn(0.05)
+        second = ask(batcher, 2, 3)
+        await turn(0.04)
+        assert program.batches == []
+        await turn(0.011)
+        await asyncio.gather(first, second)
+        assert program.batches == [[1, 2, 3]]
+        # A full batch waits for nothing.
+        await asyncio.gather(*(ask(batcher, i) for i in range(8)))
+        assert program.batches[1] == list(range(8))
+
+    with_batcher(test, company=Company(delay_s=0.1))
+
+
+def test_batches_are_of_preferred_sizes_while_there_is_time():
+    async def test(program, batcher):
+        program.gate.set()
+        asked = [ask(batcher, i) for i in range(5)]
+        await asyncio.gather(*asked[:4])
+        assert program.batches == [[0, 1, 2, 3]]
+        assert not asked[4].done()
+        await turn(0.11)
+        await asked[4]
+        assert program.batches == [[0, 1, 2, 3], [4]]
+
+    with_batcher(test, company=Company(delay_s=0.1, rows=(2, 4)))
+
+
+def test_no_request_waits_for_company_for_more_than_half_of_its_time():
+    async def test(program, batcher):
+        program.gate.set()
+        asked = ask(batcher, 1, deadline=asyncio.get_running_loop().time() + 3.0)
+        await turn(1.4)
+        assert program.batches == []
+        await turn(0.2)
+        assert (await asked).outputs["y"] == 2
+
+    with_batcher(test, company=Company(delay_s=10.0))
+
+
+def test_a_policy_that_contradicts_itself_is_refused():
+    with pytest.raises(ValueError, match="preferred_rows needs max_delay_ms"):
+        Policy(preferred_rows=(4,))
+
+
+def test_a_queue_of_a_model_can_be_shorter():
+    async def test(program, batcher):
+        first = ask(batcher, 1)
+        await until_computing(program)
+        waiting = ask(batcher, 2, 3)
+        await turn(0)
+        with pytest.raises(Overloaded, match="queue of 2"):
+            await batcher.run(rows(4))
+        program.gate.set()
+        await asyncio.gather(first, waiting)
+
+    with_batcher(test, queue_rows=2)
+
+
+@pytest.mark.slow
+def test_the_policy_of_a_model_reaches_its_queue(tmp_path):
+    root = tmp_path / "repository"
+    write_linear(root / MODEL / "1")
+    file = tmp_path / "policies.toml"
+    # An hour for company: only a batch of the preferred size goes.
+    file.write_text(f"[{MODEL}]\nqueue_rows = 3\nmax_delay_ms = 3600000\npreferred_rows = [2]\n")
+    with (
+        serving(root, "--model-policies", str(file), log=tmp_path / "log") as server,
+        stock.InferenceServerClient(server.address) as client,
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+    ):
+        x = x_of(2)
+        asked = [pool.submit(client.infer, MODEL, [stock_input(row[None])]) for row in x]
+        found = np.concatenate([task.result(WAIT_S).as_numpy("y") for task in asked])
+        assert_same_bits(found, reference(root / MODEL / "1", x))
+        (counted,) = client.get_inference_statistics(MODEL).model_stats
+        assert [b.batch_size for b in counted.batch_stats] == [2]
+        with raises_status("INVALID_ARGUMENT", "4 rows, and the server takes at most 3"):
+            client.infer(MODEL, [stock_input(x_of(4))])
+        batching = client.get_model_config(MODEL).config.dynamic_batching
+        assert list(batching.preferred_batch_size) == [2]
+        assert batching.max_queue_delay_microseconds == 3_600_000_000
