@@ -4,7 +4,7 @@ BIN := .venv/bin
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade pyproject.toml --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-annotate --no-header
 
-.PHONY: demo zoo papers attack bench-training test check fmt proto lock clean
+.PHONY: demo zoo papers attack bench-training bench-exactness bench-platforms test check fmt proto lock clean
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
 	$(BIN)/python -m examples.digits.demo
@@ -16,11 +16,17 @@ papers: .venv/installed  ## results of papers in small: examples/papers/README.m
 	for name in pareto native_4bit binary int8_backward; do \
 		$(BIN)/python -m examples.papers.$$name || exit 1; done
 
-attack: .venv/installed  ## 100,000 random requests against live servers, bit for bit
+attack: .venv/installed  ## 100,000 random requests against live servers: docs/exactness.md
 	PYTHONPATH=tests $(BIN)/python -m exactness
 
 bench-training: .venv/installed  ## what AQT's training step costs: docs/performance.md
 	$(BIN)/python -m benchmarks.training --json out/bench/training.json
+
+bench-exactness: .venv/installed  ## what exactness costs: docs/exactness.md
+	$(BIN)/python -m benchmarks.exactness --json out/bench/exactness.json
+
+bench-platforms: .venv/installed  ## which bits differ on older processors: docs/exactness.md
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.platforms
 
 test: check  ## all tests
 	$(BIN)/python -m pytest -q -n 2 -m slow
