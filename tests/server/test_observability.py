@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from aqt_protos import open_inference_pb2_grpc as pb_grpc
 from bundles import write_linear
 from server.messages import MODEL, raises_status, request_of, stock_input, x_of
-from server_process import AQT, WAIT_S, eventually, serving
+from server_process import AQT, WAIT_S, environment, eventually, serving
 
 pytestmark = pytest.mark.slow
 
@@ -197,7 +197,12 @@ def test_every_name_in_the_dashboard_is_a_metric_of_the_server(server, client):
 
 def run_top(*arguments):
     return subprocess.run(
-        [AQT, "top", *arguments], capture_output=True, text=True, timeout=WAIT_S, check=False
+        [AQT, "top", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        # Wide, for a name is cut where long times leave no room for it.
+        env=environment(COLUMNS="200"),
     )
 
 
