@@ -36,12 +36,13 @@ class Conformer(nn.Module):
     """Images (rows, 8, 8) to logits (rows, 10)."""
 
     config: config.DotGeneral | None
+    blocks: int = BLOCKS
 
     @nn.compact
     def __call__(self, image: jax.Array) -> jax.Array:
         x = self._dense(WIDTH)(image / 16)
         x = x + self.param("position", nn.initializers.normal(0.1), x.shape[1:])
-        for _ in range(BLOCKS):
+        for _ in range(self.blocks):
             y = nn.silu(self._dense(2 * WIDTH)(nn.LayerNorm()(x)))
             x = x + self._dense(WIDTH)(y)
             attention = nn.MultiHeadDotProductAttention(
@@ -66,13 +67,15 @@ class Conformer(nn.Module):
 def main(arguments: Sequence[str] | None = None) -> None:
     options = report.options("native_4bit", __doc__, arguments, seeds=3)
     how = {"epochs": 1 if options.quick else EPOCHS, "learning_rate": LEARNING_RATE}
+    blocks = 1 if options.quick else BLOCKS
     formats = ((4, 4),) if options.quick else ((4, 8), (4, 4), (3, 8))
-    floats = [train(Conformer(None), seed, **how) for seed in options.seeds]
-    reference = [judge(Conformer(None), t.variables, t.held_out) for t in floats]
+    exact = Conformer(None, blocks)
+    floats = [train(exact, seed, **how) for seed in options.seeds]
+    reference = [judge(exact, t.variables, t.held_out) for t in floats]
     rows = [_row("float32", "", reference)]
     report.progress(f"float32: {np.mean(rows[0]['accuracy %']):.2f} %")
     for weights, activations in formats:
-        qat = Conformer(forward_only(weights, activations))
+        qat = Conformer(forward_only(weights, activations), blocks)
         least_error = config.update(qat.config, "fwd.rhs", calibration=MseCalibration())
         after = {
             "PTQ, largest magnitude": qat,

@@ -64,7 +64,26 @@ def options(name: str, doc: str | None, arguments: Sequence[str] | None, seeds: 
 
 
 def publish(options: Options, title: str, rows: Sequence[Row], extra: Row | None = None) -> Figure:
-    """Prints `rows` as a table and writes them as JSON; gives a figure for `save_plot`.
+    """Prints `rows` as a table and writes them as JSON; gives a figure for `save_plot`."""
+    show(options, title, rows)
+    seconds, cpu_seconds = time.monotonic() - options.started, time.process_time()
+    where = environment()
+    Console().print(
+        f"mean ± standard deviation of {len(options.seeds)} seeds"
+        f"{', too short to say anything' if options.quick else ''}; "
+        f"{seconds:.0f} s, {cpu_seconds:.0f} s of a core; {described(where)}",
+        soft_wrap=True,
+    )
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    document = {"title": title, "quick": options.quick, "seeds": options.seeds, "rows": rows}
+    document |= {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
+    document |= {"environment": where} | (extra or {})
+    options.json.write_text(json.dumps(document, indent=1) + "\n")
+    return Figure(figsize=(10, 4), layout="constrained")
+
+
+def show(options: Options, title: str, rows: Sequence[Row]) -> None:
+    """Prints `rows` as a table.
 
     A list in a row holds one number for each seed: the table shows mean and standard deviation.
     """
@@ -77,23 +96,8 @@ def publish(options: Options, title: str, rows: Sequence[Row], extra: Row | None
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(_shown(value) for value in row.values()))
-    seconds, cpu_seconds = time.monotonic() - options.started, time.process_time()
-    where = environment()
     # Wide enough that nothing is cut off where the output is no terminal.
-    console = Console(width=max(120, Console().width))
-    console.print(table)
-    console.print(
-        f"mean ± standard deviation of {len(options.seeds)} seeds"
-        f"{', too short to say anything' if options.quick else ''}; "
-        f"{seconds:.0f} s, {cpu_seconds:.0f} s of a core; {described(where)}",
-        soft_wrap=True,
-    )
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    document = {"title": title, "quick": options.quick, "seeds": options.seeds, "rows": rows}
-    document |= {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
-    document |= {"environment": where} | (extra or {})
-    options.json.write_text(json.dumps(document, indent=1) + "\n")
-    return Figure(figsize=(10, 4), layout="constrained")
+    Console(width=max(120, Console().width)).print(table)
 
 
 def progress(text: str) -> None:
