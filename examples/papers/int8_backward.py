@@ -4,7 +4,7 @@ The same model, seeds and batches with gradients in float, in int8 and in 4 bits
 rounding and without. Model: the mixer of `examples.digits` with one block, every contraction of it
 quantized.
 
-`fully_quantized` rounds stochastically so that gradients are right in the mean. So beside the
+`fully_quantized` rounds stochastically so that gradients are less wrong in the mean. So beside the
 curves there is the error of one gradient, |g - g_float| / |g_float|, against the one that a float
 backward pass gives of the same int8 forward, and the error of a mean of many draws: rounding to the
 nearest has an error that no mean removes. It is the gradient before the first step.
@@ -102,7 +102,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         scores = [judge(model, t.variables, t.held_out) for t in trained]
         curves[name] = [t.losses.tolist() for t in trained]
         row: report.Row = {"training": name}
-        row["last training loss"] = [float(t.losses[-SMOOTHED:].mean()) for t in trained]
         float_curves = np.array(next(iter(curves.values())))
         apart = np.array([t.losses for t in trained]) - float_curves
         row["loss - float's"] = apart[:, -SMOOTHED:].mean(axis=1).tolist()

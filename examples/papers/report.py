@@ -97,7 +97,7 @@ def show(options: Options, title: str, rows: Sequence[Row]) -> None:
     for row in rows:
         table.add_row(*(_shown(value) for value in row.values()))
     # Wide enough that nothing is cut off where the output is no terminal.
-    Console(width=max(120, Console().width)).print(table)
+    Console(width=max(160, Console().width)).print(table)
 
 
 def progress(text: str) -> None:
