@@ -19,7 +19,6 @@ from aqt_engine.calibration import (
     reciprocal,
 )
 from aqt_engine.context import Context
-from aqt_engine.materialization import materialized
 from aqt_engine.numerics import NoNumerics, Numerics
 from aqt_engine.qtensor import POWER_OF_TWO, QTensor, Scale
 
@@ -97,10 +96,7 @@ class Quantizer:
         scaled = shifted * inverse
         qvalue = checkpoint_name(numerics.quantize(scaled, self.context.key), "aqt_qvalue")
         gradient = Partial(_straight_through, numerics.gradient_mask(scaled))
-        # As SERVE reads them, so that what follows is compiled alike.
-        factor = materialized(scale.scale)
-        bias = None if scale.bias is None else materialized(scale.bias)
-        return QTensor(qvalue, factor, x.dtype, bias), gradient
+        return QTensor(qvalue, scale.scale, x.dtype, scale.bias), gradient
 
     def fake_quant(
         self, x: jax.Array, calibration_axes: int | Sequence[int] | None = None

@@ -49,6 +49,7 @@ def dot_general(
     context: Context = Context(),
     lhs_scale: Scale | None = None,
     rhs_scale: Scale | None = None,
+    tiled: bool = False,
 ) -> jax.Array:
     """`jax.lax.dot_general`, quantized by `config`: batch, left and right remaining axes in order.
 
@@ -56,6 +57,8 @@ def dot_general(
     differentiated. A side with a scale given is quantized with that, and not calibrated; no
     gradient flows into it. `precision` applies to float contractions only: integer sums are exact.
     The result has the dtype of `lhs`, or `preferred_element_type` where that is given.
+
+    `tiled` is for `aqt_engine.ops.tiled`, which sums the result over tiles.
 
     With `config.fwd.local_aqt`, a `QTensor` or a given scale has the shards as an axis of its own,
     in front of the contracted axis that is sharded.
@@ -85,7 +88,7 @@ def dot_general(
     precision = lax.Precision.DEFAULT if precision is None else precision
     stored = isinstance(lhs, QTensor) or isinstance(rhs, QTensor)
     contraction = _contract_stored if stored else _dot_general
-    given = Given(context.key, lhs_scale, rhs_scale)
+    given = Given(context.key, lhs_scale, rhs_scale, tiled)
     out = cast(jax.Array, contraction(config, axes, precision, lhs, rhs, given))
     if sharded:
         out = jnp.sum(out, axis=0)
@@ -135,10 +138,10 @@ def _contract_stored(
     lhs_key, rhs_key = split_key(split_key(given.key, 3)[0], 2)
     if not isinstance(lhs, QTensor):
         sides = (axes.lhs_contracting, axes.lhs_batch)
-        lhs = quantize(raw.lhs, lhs, *sides, lhs_key, given.lhs_scale)[0]
+        lhs = quantize(raw.lhs, lhs, *sides, lhs_key, given.lhs_scale, tiled=given.tiled)[0]
     if not isinstance(rhs, QTensor):
         sides = (axes.rhs_contracting, axes.rhs_batch)
-        rhs = quantize(raw.rhs, rhs, *sides, rhs_key, given.rhs_scale)[0]
+        rhs = quantize(raw.rhs, rhs, *sides, rhs_key, given.rhs_scale, tiled=given.tiled)[0]
     return contract(raw, lhs, rhs, axes, precision).astype(lhs.dtype)
 
 
@@ -176,9 +179,13 @@ def _forward(
     fwd_key, dlhs_key, drhs_key = split_key(given.key, 3)
     lhs_key, rhs_key = split_key(fwd_key, 2)
     sides = (axes.lhs_contracting, axes.lhs_batch)
-    lhs_q, lhs_gradient = quantize(config.fwd.lhs, lhs, *sides, lhs_key, given.lhs_scale)
+    lhs_q, lhs_gradient = quantize(
+        config.fwd.lhs, lhs, *sides, lhs_key, given.lhs_scale, tiled=given.tiled
+    )
     sides = (axes.rhs_contracting, axes.rhs_batch)
-    rhs_q, rhs_gradient = quantize(config.fwd.rhs, rhs, *sides, rhs_key, given.rhs_scale)
+    rhs_q, rhs_gradient = quantize(
+        config.fwd.rhs, rhs, *sides, rhs_key, given.rhs_scale, tiled=given.tiled
+    )
     out = contract(config.fwd, lhs_q, rhs_q, axes, precision)
     lhs_kept = lhs_q if config.drhs.rhs.use_fwd_quant else lhs
     rhs_kept = rhs_q if config.dlhs.rhs.use_fwd_quant else rhs

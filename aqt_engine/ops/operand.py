@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from aqt_engine.calibration import ConstantCalibration
+from aqt_engine.materialization import materialized
 from aqt_engine.ops.axes import Axes
 from aqt_engine.qtensor import QTensor, Scale
 from aqt_engine.quantizer import Gradient
@@ -21,15 +23,21 @@ Key = jax.Array | None
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["key", "lhs_scale", "rhs_scale"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["key", "lhs_scale", "rhs_scale"],
+    meta_fields=["tiled"],
 )
 @dataclasses.dataclass(frozen=True, slots=True)
 class Given:
-    """What an op is given beside its operands, and no gradient flows into."""
+    """What an op is given beside its operands, and no gradient flows into.
+
+    `tiled` says that its result is to be summed over tiles.
+    """
 
     key: Key
     lhs_scale: Scale | None
     rhs_scale: Scale | None
+    tiled: bool = False
 
 
 def require_float(lhs: Operand, rhs: Operand) -> None:
@@ -84,13 +92,29 @@ def require_taken_out(side: str, q: QTensor, contracting: Axes) -> None:
 
 
 def quantize(
-    tensor: "Tensor", x: jax.Array, contracting: Axes, batch: Axes, key: Key, scale: Scale | None
+    tensor: "Tensor",
+    x: jax.Array,
+    contracting: Axes,
+    batch: Axes,
+    key: Key,
+    scale: Scale | None,
+    *,
+    tiled: bool = False,
 ) -> tuple[QTensor, Gradient]:
-    """`x` quantized, with `scale` if it is given, and its gradient."""
+    """`x` quantized, with `scale` if it is given, and its gradient.
+
+    What follows is compiled as behind a scale that is stored. Not so if `tiled`, as a float sum
+    over tiles follows, which AQT compiles with the scales, and a constant is one anywhere.
+    """
     quantizer = tensor.quantizer(key)
     if scale is not None and tensor.is_quantized:
-        return quantizer.quant_with(jax.tree.map(lax.stop_gradient, scale), x)
-    return quantizer.quant(x, calibration_axes=tensor.shared_by(x.ndim, contracting, batch))
+        q, gradient = quantizer.quant_with(jax.tree.map(lax.stop_gradient, scale), x)
+    else:
+        axes = tensor.shared_by(x.ndim, contracting, batch)
+        q, gradient = quantizer.quant(x, calibration_axes=axes)
+    if q.scale is None or tiled or isinstance(tensor.calibration, ConstantCalibration):
+        return q, gradient
+    return dataclasses.replace(q, scale=materialized(q.scale)), gradient
 
 
 def as_forward_quantized(

@@ -63,6 +63,7 @@ def tiled_dot_general(
         context=context,
         lhs_scale=None if lhs_scale is None else tiled.lhs_operand(lhs_scale),
         rhs_scale=None if rhs_scale is None else tiled.rhs_operand(rhs_scale),
+        tiled=True,
     )
     return tiled.whole(out)
 
