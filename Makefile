@@ -4,7 +4,7 @@ BIN := .venv/bin
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade pyproject.toml --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-annotate --no-header
 
-.PHONY: demo zoo papers attack bench-training bench-exactness bench-platforms test check fmt proto lock clean
+.PHONY: demo zoo papers attack bench-training bench-exactness bench-platforms bench-serving test check fmt proto lock clean
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
 	$(BIN)/python -m examples.digits.demo
@@ -27,6 +27,9 @@ bench-exactness: .venv/installed  ## what exactness costs: docs/exactness.md
 
 bench-platforms: .venv/installed  ## which bits differ on older processors: docs/exactness.md
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.platforms
+
+bench-serving: .venv/installed  ## requests per second, with h2load: docs/performance.md
+	$(BIN)/python -m benchmarks.serving --json out/bench/serving.json
 
 test: check  ## all tests
 	$(BIN)/python -m pytest -q -n 2 -m slow

@@ -4,8 +4,21 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import flax.linen as nn
+import jax
+import numpy as np
+
+from aqt_engine import QuantMode, config
+from aqt_engine.convert import convert
+from aqt_engine.flax import AqtDotGeneral
+from examples.entry import Forward, forward_of
 from examples.zoo import MODELS, SMALL, convert_untrained
+
+TINY = "tiny"
+TINY_FEATURES = 16
+_TINY_TILE = 16
 
 
 @contextlib.contextmanager
@@ -29,3 +42,21 @@ def newest(repository: Path) -> dict[str, Path]:
         model.name: max(model.iterdir(), key=lambda version: int(version.name))
         for model in sorted(repository.iterdir())
     }
+
+
+def tiny_model(mode: QuantMode = QuantMode.TRAIN) -> nn.Module:
+    """One dense layer in int8, so small that computing it is nothing beside asking for it."""
+    int8 = AqtDotGeneral(config.fully_quantized(8), rhs_quant_mode=mode)
+    return nn.Dense(TINY_FEATURES, dot_general=int8)
+
+
+def tiny(repository: Path) -> Forward:
+    """Converts `tiny_model` into `repository`, and gives its training forward."""
+    typical = np.random.default_rng(0).normal(size=(32, TINY_FEATURES)).astype(np.float32)
+    variables = tiny_model().init(jax.random.key(0), typical)
+    convert(tiny_model, variables, {"inputs": typical}, repository / TINY / "1", tile=_TINY_TILE)
+
+    def named(variables: Any, inputs: np.ndarray) -> dict[str, Any]:
+        return {"output": tiny_model().apply(variables, inputs)}
+
+    return forward_of(named, variables, _TINY_TILE)

@@ -1,0 +1,107 @@
+"""Load from `h2load`, which costs little, on one connection; and what a server spends on it."""
+
+import dataclasses
+import math
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_WAIT_S = 60
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What one run measured.
+
+    `processor_s` are the seconds of all cores that the server spent on each request, and
+    `response_bytes` those of the messages that it sent for each, without headers.
+    """
+
+    requests_per_s: float
+    processor_s: float
+    response_bytes: float
+
+
+def load(
+    address: str,
+    path: str,
+    message: bytes,
+    *,
+    in_flight: int,
+    seconds: float,
+    processes: Iterable[int],
+) -> Load:
+    """`message` is sent to the RPC at `path` for about so many seconds, `in_flight` at a time.
+
+    `processes` are the ids of the server's, whose children count too.
+
+    Raises:
+      RuntimeError: h2load is not there, or a request had no answer.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        body = Path(folder, "body")
+        body.write_bytes(b"\0" + len(message).to_bytes(4, "big") + message)
+        command = (f"http://{address}{path}", body, in_flight)
+        # Counted, not timed: h2load then waits for every answer.
+        trial = _requests_per_s(_h2load(*command, requests=20 * in_flight))
+        requests = math.ceil(trial * seconds / 4)
+        requests = math.ceil(_requests_per_s(_h2load(*command, requests=requests)) * seconds)
+        tree = [p for process in processes for p in _tree(process)]
+        before = _processor_s(tree)
+        told = _h2load(*command, requests=requests)
+        spent = _processor_s(tree) - before
+    match = re.search(r"\((\d+)\) data$", told, re.MULTILINE)
+    if not match or f"{requests} succeeded, 0 failed" not in told:
+        raise RuntimeError(f"h2load had not an answer to every request: {told}")
+    return Load(
+        requests_per_s=_requests_per_s(told),
+        processor_s=spent / requests,
+        response_bytes=int(match[1]) / requests,
+    )
+
+
+def _h2load(url: str, body: Path, in_flight: int, *, requests: int) -> str:
+    command = shutil.which("h2load")
+    if command is None:
+        raise RuntimeError("h2load is not installed: it is in the package nghttp2-client of Debian")
+    headers = ("content-type: application/grpc", "te: trailers")
+    done = subprocess.run(
+        [
+            *(command, "-c", "1", "-t", "1", "-m", str(in_flight), "-n", str(requests)),
+            *("-d", body, *(part for header in headers for part in ("-H", header)), url),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=_WAIT_S,
+    )
+    return done.stdout
+
+
+def _requests_per_s(told: str) -> float:
+    match = re.search(r"finished in .*, ([\d.]+) req/s", told)
+    if not match or not float(match[1]):
+        raise RuntimeError(f"h2load did not finish: {told}")
+    return float(match[1])
+
+
+def _tree(process: int) -> list[int]:
+    """A process and all that it has started."""
+    found = [process]
+    for children in Path(f"/proc/{process}/task").glob("*/children"):
+        found += [p for child in children.read_text().split() for p in _tree(int(child))]
+    return found
+
+
+def _processor_s(processes: Iterable[int]) -> float:
+    ticks = 0
+    for process in processes:
+        # The name of the command comes second, and may have spaces in its brackets.
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / _TICKS_PER_S
