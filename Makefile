@@ -4,7 +4,7 @@ BIN := .venv/bin
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade pyproject.toml --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-annotate --no-header
 
-.PHONY: demo zoo papers attack bench-training bench-exactness bench-platforms bench-serving test check fmt proto lock clean
+.PHONY: demo zoo papers attack faults bench-training bench-exactness bench-platforms bench-serving test check fmt proto lock clean
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
 	$(BIN)/python -m examples.digits.demo
@@ -18,6 +18,9 @@ papers: .venv/installed  ## results of papers in small: examples/papers/README.m
 
 attack: .venv/installed  ## 100,000 random requests against live servers: docs/exactness.md
 	PYTHONPATH=tests $(BIN)/python -m exactness
+
+faults: .venv/installed  ## much of each fault: docs/operations.md
+	AQT_FAULTS=long $(BIN)/python -m pytest -q tests/faults
 
 bench-training: .venv/installed  ## what AQT's training step costs: docs/performance.md
 	$(BIN)/python -m benchmarks.training --json out/bench/training.json

@@ -1,4 +1,4 @@
-"""What all that is served over HTTP has in common: the port, who calls, errors, and the metrics.
+"""What all that is served over HTTP has in common: who calls, bodies, errors, and the metrics.
 
 It runs in the event loop of everything else. A request that a browser made for a page of elsewhere
 is refused: a page must not unload a model because its reader can reach the server.
@@ -6,9 +6,7 @@ is refused: a page must not unload a model because its reader can reach the serv
 
 import asyncio
 import json
-import logging
 import math
-import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -22,9 +20,6 @@ from aqt_server.rpc import status_of
 from aqt_server.security.authentication import Principal
 from aqt_server.security.authorization import Action, Guard
 
-# What clients send wrong would fill the log with tracebacks; what is wrong here is logged here.
-_QUIET = logging.getLogger(f"{__name__}.protocol")
-_QUIET.setLevel(logging.CRITICAL)
 _BODY_S = 60.0
 _STATUSES = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
@@ -130,32 +125,3 @@ def metrics_application(metrics: Metrics, guard: Guard) -> web.Application:
     application = web.Application(middlewares=[errors_in_json])
     application.router.add_get("/metrics", answer)
     return application
-
-
-class Port:
-    """A port on which an application listens."""
-
-    def __init__(self, application: web.Application):
-        # A request whose client has gone away is cancelled, and leaves the queue.
-        self._runner = web.AppRunner(
-            application,
-            handle_signals=False,
-            handler_cancellation=True,
-            access_log=None,
-            logger=_QUIET,
-            shutdown_timeout=1,
-        )
-
-    async def listen(self, host: str, port: int, encryption: ssl.SSLContext | None) -> int:
-        """The port that it listens on, which is `port` unless that is 0, for any.
-
-        Raises:
-          OSError: the port cannot be had.
-        """
-        await self._runner.setup()
-        await web.TCPSite(self._runner, host, port, ssl_context=encryption).start()
-        return self._runner.addresses[0][1]
-
-    async def close(self) -> None:
-        """Takes no more requests, and gives those that are answered now a second."""
-        await self._runner.cleanup()

@@ -3,17 +3,17 @@
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from aqt_protos import SERVICE_NAME
 from aqt_protos import open_inference_pb2 as pb
 from aqt_server.call import Call
-from aqt_server.errors import Overloaded, RequestError
+from aqt_server.errors import InvalidRequest, Overloaded, RequestError
 from aqt_server.security.authorization import Action, Guard
 from aqt_server.service import Service
 from aqt_server.streaming import answer_in_order
@@ -28,6 +28,7 @@ _GUARDED = {
 
 _DETAILS = "grpc-status-details-bin"
 
+_Message = TypeVar("_Message", bound=Message)
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -54,18 +55,20 @@ class Door:
         )
 
     def _handler(self, method: MethodDescriptor) -> "grpc.RpcMethodHandler[Any, Any]":
-        read = getattr(pb, method.input_type.name).FromString
+        # What is no message is answered here: gRPC would log and answer it as a defect of ours.
         if method.client_streaming:
-            return grpc.stream_stream_rpc_method_handler(
-                self._stream, request_deserializer=read, response_serializer=_write
-            )
+            return grpc.stream_stream_rpc_method_handler(self._stream, response_serializer=_write)
+        kind = getattr(pb, method.input_type.name)
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(method.name), request_deserializer=read, response_serializer=_write
+            self._unary(method.name, kind), response_serializer=_write
         )
 
-    def _unary(self, rpc: str) -> Callable[[Message, _Context], Awaitable[Message]]:
-        async def unary(request: Message, context: _Context) -> Message:
+    def _unary(
+        self, rpc: str, kind: type[Message]
+    ) -> Callable[[bytes, _Context], Awaitable[Message]]:
+        async def unary(sent: bytes, context: _Context) -> Message:
             try:
+                request = _read(kind, sent)
                 return await self._service.answer(rpc, request, self._call(context))
             except Exception as error:
                 code, sentence = status_of(error)
@@ -74,13 +77,13 @@ class Door:
 
         return unary
 
-    async def _stream(
-        self, requests: AsyncIterator[pb.ModelInferRequest], context: _Context
-    ) -> None:
+    async def _stream(self, requests: AsyncIterator[bytes], context: _Context) -> None:
         """The answers to a stream of requests, in their order; an error ends only its request."""
 
-        async def answer(request: pb.ModelInferRequest) -> pb.ModelStreamInferResponse:
+        async def answer(sent: bytes) -> pb.ModelStreamInferResponse:
+            request = pb.ModelInferRequest()
             try:
+                request = _read(pb.ModelInferRequest, sent)
                 answered = await self._service.answer("ModelInfer", request, self._call(context))
             except Exception as error:
                 code, sentence = status_of(error)
@@ -167,6 +170,13 @@ def _details(error: Exception) -> tuple[tuple[str, bytes], ...]:
     status = status_pb2.Status(code=error.code.value[0], message=str(error))
     status.details.add().Pack(info)
     return ((_DETAILS, status.SerializeToString()),)
+
+
+def _read(kind: type[_Message], sent: bytes) -> _Message:
+    try:
+        return kind.FromString(sent)
+    except DecodeError:
+        raise InvalidRequest(f"the request is no message {kind.DESCRIPTOR.full_name}") from None
 
 
 def _write(message: Message) -> bytes:

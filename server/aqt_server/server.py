@@ -1,9 +1,11 @@
 """The server's life: listen, load, serve; on a signal stop accepting, drain, and end."""
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from aqt_server import http, rest
 from aqt_server.logs import LogSettings
 from aqt_server.metrics import Metrics
 from aqt_server.policies import Policies, PolicyFileError
+from aqt_server.port import HANDSHAKE_S, Port
 from aqt_server.profiling import Profiler
 from aqt_server.repository import Repository
 from aqt_server.rpc import Door, Interceptor
@@ -38,6 +41,9 @@ _Health: Any = health.aio.HealthServicer  # pyright: ignore[reportAttributeAcces
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _REFUSING_S = 0.5
+_ASK_AFTER_S = 60.0
+_ANSWER_S = 20.0
+_OTHER_FILES = 256
 
 
 class StartError(Exception):
@@ -65,6 +71,7 @@ def run(settings: Settings) -> None:
             f"leave it out"
         )
     _use_compilation_cache(settings.models.compilation_cache)
+    _allow_connections(settings)
     asyncio.run(_serve(settings, source))
 
 
@@ -73,6 +80,24 @@ def _use_compilation_cache(directory: Path) -> None:
     # The defaults leave out what compiles in under a second, as most buckets do.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _allow_connections(settings: Settings) -> None:
+    """As many open files as the system lets this process have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError):  # macOS has no limit, and does not take that for one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    listen = settings.listen
+    ports = 1 + (listen.http_port >= 0) + (listen.metrics_port >= 0)
+    needed = ports * settings.connections.max_connections + _OTHER_FILES
+    if most != resource.RLIM_INFINITY and most < needed:
+        _log.warning(
+            "this process may open %d files, and --max-connections on %d ports and what else it "
+            "opens take %d: raise that limit, or lower the setting",
+            most,
+            ports,
+            needed,
+        )
 
 
 async def _serve(settings: Settings, source: Source) -> None:
@@ -117,7 +142,7 @@ class _Doors:
     """What the server listens with."""
 
     rpc: grpc.aio.Server
-    http: Sequence[http.Port]
+    http: Sequence[Port]
     spans: Spans
 
     async def close(self) -> None:
@@ -128,7 +153,7 @@ class _Doors:
 
 async def _open(settings: Settings, repository: Repository, checks: Any) -> _Doors:
     """Opens each door and prints where it is."""
-    listen = settings.listen
+    listen, limits = settings.listen, settings.limits
     try:
         guard = Guard(settings.access, settings.tls)
         certificates = Certificates(settings.tls) if settings.tls.tls_certificate else None
@@ -143,20 +168,21 @@ async def _open(settings: Settings, repository: Repository, checks: Any) -> _Doo
         guard=guard,
         tracer=Tracer(),
         logs=logs,
-        limits=settings.limits,
+        limits=limits,
         spans=spans,
     )
     server = _grpc_server(settings, checks, Door(service, guard), guard)
     port = _listen(server, f"{listen.host}:{listen.port}", certificates)
     profiler = Profiler(settings.observe.profile_directory, settings.observe.profile_max_s)
     told = [f"listening on {listen.host}:{port}"]
-    ports: list[http.Port] = []
+    ports: list[Port] = []
     if listen.http_port >= 0:
-        ports.append(http.Port(rest.application(service, guard, settings.limits, profiler)))
+        ports.append(Port(rest.application(service, guard, limits, profiler), settings.connections))
         taken = (listen.host, listen.http_port)
         told.append(f"http on {await _listen_http(ports[-1], *taken, 'http', certificates)}")
     if listen.metrics_port >= 0:
-        ports.append(http.Port(http.metrics_application(Metrics(repository, service.calls), guard)))
+        metrics = Metrics(repository, service.calls)
+        ports.append(Port(http.metrics_application(metrics, guard), settings.connections))
         taken = (listen.host, listen.metrics_port)
         url = await _listen_http(ports[-1], *taken, "metrics", certificates)
         told.append(f"metrics on {url}/metrics")
@@ -167,12 +193,20 @@ async def _open(settings: Settings, repository: Repository, checks: Any) -> _Doo
 
 
 def _grpc_server(settings: Settings, checks: Any, door: Door, guard: Guard) -> grpc.aio.Server:
+    limits, connections = settings.limits, settings.connections
     server = grpc.aio.server(
         # Only where it has something to ask, as it is in the way of every call.
         interceptors=[Interceptor(guard)] if guard.authenticator.by_token else None,
         options=[
-            ("grpc.max_receive_message_length", settings.limits.max_message_bytes),
-            ("grpc.max_send_message_length", settings.limits.max_message_bytes),
+            ("grpc.max_receive_message_length", limits.max_message_bytes),
+            ("grpc.max_send_message_length", limits.max_message_bytes),
+            ("grpc.max_allowed_incoming_connections", connections.max_connections),
+            ("grpc.max_concurrent_streams", connections.max_streams),
+            ("grpc.max_connection_idle_ms", _ms(connections.idle_s)),
+            ("grpc.server_handshake_timeout_ms", _ms(HANDSHAKE_S)),
+            # Asks a silent client whether it is there: one whose machine has gone says nothing.
+            ("grpc.keepalive_time_ms", _ms(_ASK_AFTER_S)),
+            ("grpc.keepalive_timeout_ms", _ms(_ANSWER_S)),
             # Else a second server on the same port starts, and takes half of the requests.
             ("grpc.so_reuseport", 0),
         ],
@@ -196,7 +230,7 @@ def _listen(server: grpc.aio.Server, address: str, certificates: Certificates | 
 
 
 async def _listen_http(
-    door: http.Port, host: str, port: int, purpose: str, certificates: Certificates | None
+    door: Port, host: str, port: int, purpose: str, certificates: Certificates | None
 ) -> str:
     """The URL at which `door` listens, for `purpose`: metrics or http."""
     try:
@@ -208,6 +242,10 @@ async def _listen_http(
             f"another with --{purpose}-port, or -1 for none"
         ) from error
     return f"{'https' if certificates else 'http'}://{host}:{taken}"
+
+
+def _ms(seconds: float) -> int:
+    return round(min(seconds * 1e3, 2**31 - 1))
 
 
 async def _set_health(checks: Any, status: int) -> None:

@@ -7,6 +7,7 @@ secret stands in a file, and a setting says in which.
 
 from aqt_server.settings.access import Access as Access
 from aqt_server.settings.access import Exempt as Exempt
+from aqt_server.settings.connections import Connections as Connections
 from aqt_server.settings.connections import Listen as Listen
 from aqt_server.settings.connections import Tls as Tls
 from aqt_server.settings.models import ModelControl as ModelControl
@@ -22,6 +23,7 @@ from aqt_server.settings.settings import Settings as Settings
 __all__ = [
     "Access",
     "Batching",
+    "Connections",
     "Contradiction",
     "Exempt",
     "Limits",

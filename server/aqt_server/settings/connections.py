@@ -1,10 +1,10 @@
-"""Where the server listens, and how connections are encrypted."""
+"""Where the server listens, to how many, for how long, and how connections are encrypted."""
 
 import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +37,38 @@ class Listen:
             description="of the Prometheus metrics, at /metrics; 0 for any free one, -1 for none",
         ),
     ] = 8002
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Connections:
+    """How many connections there may be, and how long they are kept."""
+
+    max_connections: Annotated[
+        PositiveInt,
+        Field(
+            title="CONNECTIONS",
+            le=2**31 - 1,
+            description="to each port at once; one more is closed as it comes. Each takes an open "
+            "file and some 100 kB",
+        ),
+    ] = 4096
+    max_streams: Annotated[
+        PositiveInt,
+        Field(
+            title="CALLS",
+            le=2**31 - 1,
+            description="under way at once on one connection of gRPC; its client holds back what "
+            "is more",
+        ),
+    ] = 1024
+    idle_s: Annotated[
+        PositiveFloat,
+        Field(
+            title="SECONDS",
+            description="without a request after which a connection is closed; give it more than "
+            "proxies in front keep theirs for",
+        ),
+    ] = 300.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

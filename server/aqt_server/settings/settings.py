@@ -3,7 +3,7 @@
 import dataclasses
 
 from aqt_server.settings.access import Access
-from aqt_server.settings.connections import Listen, Tls
+from aqt_server.settings.connections import Connections, Listen, Tls
 from aqt_server.settings.models import ModelControl, Models, Serving
 from aqt_server.settings.observe import Observe
 from aqt_server.settings.requests import Batching, Limits
@@ -24,6 +24,7 @@ class Settings:
     serving: Serving = Serving()
     batching: Batching = Batching()
     listen: Listen = Listen()
+    connections: Connections = Connections()
     limits: Limits = Limits()
     tls: Tls = Tls()
     access: Access = Access()
