@@ -4,7 +4,8 @@ BIN := .venv/bin
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade pyproject.toml --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-annotate --no-header
 
-.PHONY: demo zoo papers attack faults bench-training bench-exactness bench-platforms bench-serving test check fmt proto lock clean
+.PHONY: demo zoo papers attack faults test check fmt proto lock clean
+.PHONY: bench-training bench-exactness bench-platforms bench-serving bench-gpu
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
 	$(BIN)/python -m examples.digits.demo
@@ -24,6 +25,9 @@ faults: .venv/installed  ## much of each fault: docs/operations.md
 
 bench-training: .venv/installed  ## what AQT's training step costs: docs/performance.md
 	$(BIN)/python -m benchmarks.training --json out/bench/training.json
+
+bench-gpu: .venv/installed  ## what int8 is worth on the GPU that JAX finds: docs/performance.md
+	$(BIN)/python -m benchmarks.gpu --json out/bench/gpu.json
 
 bench-exactness: .venv/installed  ## what exactness costs: docs/exactness.md
 	$(BIN)/python -m benchmarks.exactness --json out/bench/exactness.json
