@@ -20,8 +20,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ import orbax.checkpoint as ocp
 import pydantic
 from jax import export
 
-from aqt_engine.files import MANIFEST, check_files, digest, files, sync, sync_entry
+from aqt_engine.files import MANIFEST, check_files, digest, files, sync, sync_entry, unfinished
 from aqt_engine.files import BundleError as BundleError
 from aqt_engine.foreign_code import foreign_calls
 from aqt_engine.manifest import BATCH as BATCH
@@ -141,10 +139,7 @@ def write(
             f"write to a new version number, or remove it first"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A leading dot and no number: no repository takes it for a version.
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.writing"
-    temporary.mkdir()
-    try:
+    with unfinished(target.parent, target.name) as temporary:
         for kind, by_bucket in (("", graphs), (_BATCHED, batched)):
             for bucket, exported in by_bucket.items():
                 file = temporary / _graph_file(lengths, bucket, kind)
@@ -187,9 +182,6 @@ def write(
         except OSError as error:
             raise FileExistsError(f"{target} was written by another meanwhile") from error
         sync_entry(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return manifest
 
 

@@ -1,7 +1,12 @@
 """The files of a bundle: what is there, whether it is what was written, and on the disk."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
+import shutil
+import uuid
+from collections.abc import Generator
 from pathlib import Path
 
 from aqt_engine.manifest import FileDigest, Manifest
@@ -72,3 +77,49 @@ def sync_entry(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def unfinished(parent: Path, name: str) -> Generator[Path]:
+    """A new hidden directory in `parent` for what is to be renamed once it is whole.
+
+    It is removed at the end of the block; where the process is killed before, by whoever makes the
+    next one in `parent`. It is locked meanwhile, and what is locked is nobody else's to remove; on
+    a file system without locks nothing is.
+    """
+    with _locked(parent) as alone:
+        if alone:
+            _remove_abandoned(parent)
+        # A leading dot and no number: no repository takes it for a version.
+        path = parent / f".{name}.{uuid.uuid4().hex}.writing"
+        path.mkdir()
+        held = os.open(path, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(held)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, *, wait: bool = True) -> Generator[bool]:
+    """Whether `directory` is locked for the block; False where it has no locks, or another's."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    for path in parent.glob(f".*.{'?' * 32}.writing"):
+        with contextlib.suppress(OSError), _locked(path, wait=False) as abandoned:
+            if abandoned:
+                shutil.rmtree(path, ignore_errors=True)

@@ -9,16 +9,14 @@ import resource
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import grpc
-import jax
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from aqt_protos import POOL, SERVICE_NAME
-from aqt_server import http, rest
+from aqt_server import compiled, http, rest
 from aqt_server.logs import LogSettings
 from aqt_server.metrics import Metrics
 from aqt_server.policies import Policies, PolicyFileError
@@ -70,16 +68,9 @@ def run(settings: Settings) -> None:
             f"--load-model {missing[0]} is not in {root}: name a model that has versions there, or "
             f"leave it out"
         )
-    _use_compilation_cache(settings.models.compilation_cache)
+    compiled.keep_in(settings.models.compilation_cache)
     _allow_connections(settings)
     asyncio.run(_serve(settings, source))
-
-
-def _use_compilation_cache(directory: Path) -> None:
-    jax.config.update("jax_compilation_cache_dir", str(directory.expanduser()))
-    # The defaults leave out what compiles in under a second, as most buckets do.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def _allow_connections(settings: Settings) -> None:

@@ -7,7 +7,6 @@ has a manifest, which is therefore to be copied last.
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import fsspec
 
 from aqt_engine import bundle
 from aqt_engine.bundle import BundleError
-from aqt_engine.files import MANIFEST, check_files
+from aqt_engine.files import MANIFEST, check_files, unfinished
 from aqt_server.directory import Fingerprint, Key, SourceError, is_version
 
 
@@ -76,8 +75,7 @@ class Store:
           OSError: the store does not answer, or the copy cannot be written.
         """
         self._cache.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".", dir=self._cache))
-        try:
+        with unfinished(self._cache, "copy") as temporary:
             self._copy(key, MANIFEST, temporary)
             found = hashlib.sha256((temporary / MANIFEST).read_bytes()).hexdigest()
             copy = self._cache / found
@@ -97,8 +95,6 @@ class Store:
                     raise
                 # Another server has made the same copy meanwhile.
             return copy
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def _copy(self, key: Key, name: str, into: Path) -> None:
         target = into / name

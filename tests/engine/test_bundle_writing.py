@@ -118,6 +118,14 @@ def test_of_two_writers_at_once_the_first_wins(written, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "1"]
 
 
+def test_what_is_being_written_is_left_alone_and_what_nobody_writes_is_removed(written, tmp_path):
+    abandoned = tmp_path / f".1.{'0' * 32}.writing"
+    shutil.copytree(written, abandoned)
+    (tmp_path / ".mine.writing").mkdir()
+    rewrite(written, tmp_path / "1", lambda loaded: rewrite(written, tmp_path / "2"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.writing", "1", "2"]
+
+
 def test_every_file_is_on_the_disk_before_the_bundle_is_visible(written, tmp_path, monkeypatch):
     synced, unsynced = set(), []
     fsync, rename = os.fsync, pathlib.Path.rename
@@ -200,4 +208,5 @@ def test_a_writer_that_is_killed_leaves_no_bundle_and_hinders_no_other(tmp_path)
             bundle.load(folder / "1")
         bundles.write_linear(folder / "1")
         bundle.load(folder / "1")
-        assert visible(folder) == ["1"]
+        # What the killed one left is gone too.
+        assert list(folder.iterdir()) == [folder / "1"]

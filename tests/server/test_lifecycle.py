@@ -83,7 +83,7 @@ def test_a_restart_compiles_nothing_again(repository, tmp_path):
         log = tmp_path / f"log{attempt}"
         with serving(repository, "--compilation-cache", str(cache), log=log) as server:
             server.terminate()
-        entries.append({f.name for f in cache.iterdir() if f.name.endswith("-cache")})
+        entries.append({f.name for f in cache.iterdir() if f.suffix == ".compiled"})
     assert entries[0]
     assert entries[1] == entries[0]
 
