@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from aqt_engine.execution import Mode
 from aqt_server.repository import Repository, State
+from aqt_server.response_cache import ResponseCache
 from aqt_server.servable import Servable
 from aqt_server.statistics import Statistics
 
@@ -32,7 +33,7 @@ _EVENTS = {
 
 _COUNTERS: dict[str, tuple[str, Callable[[Statistics], float]]] = {
     "inference_request_success": ("Requests that were answered", lambda s: s.success.count),
-    "inference_count": ("Rows of the requests that were answered", lambda s: s.rows),
+    "inference_count": ("Rows of the requests that were computed and answered", lambda s: s.rows),
     "inference_exec_count": ("Batches that were computed", lambda s: s.executions),
     "inference_request_duration_us": (
         "Time from arrival to answer, of the requests that were answered",
@@ -50,6 +51,22 @@ _COUNTERS: dict[str, tuple[str, Callable[[Statistics], float]]] = {
     "inference_compute_output_duration_us": (
         "Time in which batches were taken apart",
         lambda s: s.requests.outputs.ns / 1000,
+    ),
+    "cache_num_hits_per_model": (
+        "Requests that were answered from the response cache",
+        lambda s: s.cache_hit.count,
+    ),
+    "cache_hit_duration_per_model": (
+        "Microseconds until answers were found in the response cache",
+        lambda s: s.cache_hit.ns / 1000,
+    ),
+    "cache_num_misses_per_model": (
+        "Requests that were computed as the response cache had no answer",
+        lambda s: s.cache_miss.count,
+    ),
+    "cache_miss_duration_per_model": (
+        "Microseconds to look for answers that were not there, and to keep them then",
+        lambda s: s.cache_miss.ns / 1000,
     ),
 }
 _GAUGES: dict[str, tuple[str, Callable[[Servable], float]]] = {
@@ -136,6 +153,7 @@ class Metrics:
             self._loads(),
             _latencies(ready),
             *_device_memory(),
+            *_cache(self._repository.cache),
             self._by_status(),
         ]
         for event, count in self._cache.counts.items():
@@ -235,6 +253,25 @@ def _device_memory() -> list[Metric]:
             if name in told:
                 family.add_metric([f"{device.platform}:{device.id}"], told[name])
     return list(families.values())
+
+
+def _cache(cache: ResponseCache | None) -> list[Metric]:
+    if cache is None:
+        return []
+    evictions = CounterMetricFamily(
+        "aqt_cache_num_evictions",
+        "Answers that left the response cache for others",
+        value=cache.evictions,
+    )
+    told = {
+        "num_entries": ("Answers in the response cache", len(cache)),
+        "used_bytes": ("Bytes that the response cache takes", cache.nbytes),
+        "limit_bytes": ("Bytes that it may take", cache.limit_nbytes),
+    }
+    return [
+        evictions,
+        *(GaugeMetricFamily(f"aqt_cache_{n}", said, value=v) for n, (said, v) in told.items()),
+    ]
 
 
 def _modes(ready: Sequence[Servable]) -> Metric:

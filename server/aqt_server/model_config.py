@@ -63,6 +63,7 @@ def model_config(servable: Servable, versions: Versions) -> pb.ModelConfig:
             name: pb.ModelParameter(string_value=value)
             for name, value in _parameters(servable).items()
         },
+        response_cache=pb.ModelResponseCache(enable=servable.cache is not None),
         model_transaction_policy=pb.ModelTransactionPolicy(decoupled=False),
     )
 
@@ -84,6 +85,8 @@ def model_statistics(servable: Servable) -> pb.ModelStatistics:
             success=_duration(found.success),
             fail=_duration(failed),
             queue=_duration(found.queue),
+            cache_hit=_duration(found.cache_hit),
+            cache_miss=_duration(found.cache_miss),
             **_stages(found.requests),
         ),
         batch_stats=[

@@ -76,7 +76,8 @@ class Policy:
     `aliases` are names for versions. `split` has the weights by which requests that name no version
     are shared out among aliases or numbers. The rest is of the queue of each version that is loaded
     from now on: how many rows it holds (None: as the settings say), and how long requests wait
-    there for others, until they have together as many rows as one of `preferred_rows`.
+    there for others, until they have together as many rows as one of `preferred_rows`. Without
+    `response_cache` no answers are kept, whatever the settings say.
     """
 
     versions: Annotated[Versions, BeforeValidator(_versions)] = Versions()
@@ -87,6 +88,7 @@ class Policy:
     queue_rows: PositiveInt | None = None
     max_delay_ms: NonNegativeFloat = 0.0
     preferred_rows: tuple[PositiveInt, ...] = ()
+    response_cache: bool = True
 
     def __post_init__(self):
         for target in self.split:

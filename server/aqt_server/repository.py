@@ -33,6 +33,7 @@ from aqt_server.errors import (
 )
 from aqt_server.loader import Loader, Outcome, outcome_of
 from aqt_server.policies import Policies, Policy
+from aqt_server.response_cache import ResponseCache
 from aqt_server.servable import Servable, serve
 from aqt_server.settings import ModelControl, Settings
 from aqt_server.source import Source
@@ -86,6 +87,9 @@ class Repository:
         self._changing = asyncio.Lock()
         self._changes: set[asyncio.Task[None]] = set()
         self._closing = False
+        kept_bytes = settings.serving.response_cache_bytes
+        self.cache = ResponseCache(kept_bytes) if kept_bytes else None
+        """Answers that are kept, if the settings say so."""
         self.loads = collections.Counter[tuple[str, Outcome]]()
         """Loads by model and outcome."""
         self.scanned = False
@@ -340,6 +344,7 @@ class Repository:
             loaded,
             self._policies.of(name),
             queue_rows=self._settings.batching.queue_rows,
+            cache=self.cache,
         )
         self._entries[key] = _Entry(state=State.READY, fingerprint=fingerprint, servable=servable)
         self.loads[name, Outcome.READY] += 1
@@ -363,7 +368,7 @@ class Repository:
 
     def _drain(self, servable: Servable) -> asyncio.Task[bool]:
         _log.info("unloading %s version %d", servable.name, servable.version)
-        task = asyncio.create_task(servable.batcher.close(self._settings.batching.drain_s))
+        task = asyncio.create_task(servable.close(self._settings.batching.drain_s))
         self._draining[task] = servable
 
         def drained(done: asyncio.Task[bool]) -> None:

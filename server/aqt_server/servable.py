@@ -8,6 +8,7 @@ from aqt_server.batcher import Batcher, Company
 from aqt_server.directory import Key
 from aqt_server.executor import Loaded
 from aqt_server.policies import Policy
+from aqt_server.response_cache import ResponseCache, VersionCache
 from aqt_server.statistics import Statistics
 
 
@@ -17,6 +18,7 @@ class Servable:
 
     `exact` is whether it was proved here, in mode exact, and `verdict` the proof in a sentence.
     `bucket_rows` are the rows that it computes at once, in `workspace_nbytes` beside the weights.
+    `cache` is None where answers are not kept.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Servable:
     bucket_rows: tuple[int, ...]
     workspace_nbytes: int
     batcher: Batcher
+    cache: VersionCache | None
     statistics: Statistics
 
     @property
@@ -35,13 +38,23 @@ class Servable:
         """Bytes that it holds: weights and workspace."""
         return self.manifest.nbytes + self.workspace_nbytes
 
+    async def close(self, grace_s: float) -> bool:
+        """Forgets answers and closes the queue; see `Batcher.close`."""
+        if self.cache:
+            self.cache.close()
+        return await self.batcher.close(grace_s)
 
-def serve(key: Key, loaded: Loaded, policy: Policy, *, queue_rows: int) -> Servable:
+
+def serve(
+    key: Key, loaded: Loaded, policy: Policy, *, queue_rows: int, cache: ResponseCache | None
+) -> Servable:
     """The version `key`, loaded, with a queue in the running event loop.
 
-    It holds `queue_rows` rows, unless `policy` says otherwise.
+    It holds `queue_rows` rows, unless `policy` says otherwise. If it is exact, its answers are kept
+    in `cache`, unless `policy` says otherwise.
     """
     statistics = Statistics()
+    cache = cache if loaded.exact and policy.response_cache else None
     return Servable(
         name=key[0],
         version=key[1],
@@ -58,5 +71,6 @@ def serve(key: Key, loaded: Loaded, policy: Policy, *, queue_rows: int) -> Serva
             statistics=statistics,
             company=Company(delay_s=policy.max_delay_ms / 1e3, rows=policy.preferred_rows),
         ),
+        cache=VersionCache(cache, statistics) if cache is not None else None,
         statistics=statistics,
     )

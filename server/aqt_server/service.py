@@ -5,6 +5,7 @@ They know nothing of the door that a call comes through; each door calls `Servic
 
 import asyncio
 import dataclasses
+import functools
 import importlib.metadata
 import logging
 import time
@@ -16,12 +17,14 @@ from aqt_engine import lengths
 from aqt_protos import open_inference_pb2 as pb
 from aqt_server import codec, outputs, parameters
 from aqt_server.administration import Administration
-from aqt_server.batcher import DEFAULT_PRIORITY, PRIORITY_LEVELS
+from aqt_server.batcher import DEFAULT_PRIORITY, PRIORITY_LEVELS, Outputs
 from aqt_server.call import Call
 from aqt_server.errors import RequestError
 from aqt_server.model_config import PLATFORM
 from aqt_server.records import about
 from aqt_server.security.authorization import Action, needed
+from aqt_server.servable import Servable
+from aqt_server.statistics import Times
 
 _log = logging.getLogger(__name__)
 _EXTENSIONS = (
@@ -120,14 +123,7 @@ class Service(Administration):
             regions = self._regions[call.principal]
             decoded = codec.decode(request, servable.manifest, regions)
             wants = outputs.wanted(request, servable.manifest, regions)
-            answer = await servable.batcher.run(
-                decoded.inputs,
-                group=decoded.length_bucket,
-                priority=schedule.priority,
-                deadline=schedule.deadline,
-                answer_by=schedule.answer_by,
-            )
-            found = answer.outputs
+            found, times = await _answer(servable, decoded, schedule)
             if decoded.sizes:
                 found = lengths.cut(servable.manifest, found, decoded.sizes)
             response = outputs.encode(request, wants, found)
@@ -135,14 +131,14 @@ class Service(Administration):
         response.model_version = str(servable.version)
         response.parameters["aqt_exact"].bool_param = servable.exact
         response.parameters["aqt_mode"].string_param = servable.mode
-        servable.statistics.succeeded(answer.times, arrived=arrived, rows=decoded.rows)
-        self._spans.stages(arrived=arrived, times=answer.times, rows=decoded.rows)
+        servable.statistics.succeeded(times, arrived=arrived, rows=decoded.rows)
+        self._spans.stages(arrived=arrived, times=times, rows=decoded.rows)
         self._tracer.trace(
             request,
             model=servable.name,
             version=servable.version,
             arrived=arrived,
-            times=answer.times,
+            times=times,
         )
         _log.debug("%s version %d answered %d rows", servable.name, servable.version, decoded.rows)
         return response
@@ -175,6 +171,26 @@ def _schedule(request: pb.ModelInferRequest, call: Call) -> _Schedule:
         deadline=now + min(limits_s) if limits_s else None,
         answer_by=None if call.remaining_s is None else now + call.remaining_s,
     )
+
+
+async def _answer(
+    servable: Servable, decoded: codec.Decoded, schedule: _Schedule
+) -> tuple[Outputs, Times | None]:
+    """The outputs, and when they were computed: None if they come from the cache."""
+    compute = functools.partial(
+        servable.batcher.run,
+        decoded.inputs,
+        group=decoded.length_bucket,
+        priority=schedule.priority,
+        deadline=schedule.deadline,
+        answer_by=schedule.answer_by,
+    )
+    if servable.cache:
+        return await servable.cache.answer(
+            decoded.inputs, compute, priority=schedule.priority, deadline=schedule.deadline
+        )
+    answer = await compute()
+    return answer.outputs, answer.times
 
 
 def _metadata(

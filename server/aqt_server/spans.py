@@ -58,11 +58,17 @@ class Spans:
                 span.set_status(trace.StatusCode.ERROR, str(error))
                 raise
 
-    def stages(self, *, arrived: int, times: Times, rows: int) -> None:
-        """Adds the stages of a request that is answered now to its span."""
+    def stages(self, *, arrived: int, times: Times | None, rows: int) -> None:
+        """Adds the stages of a request that is answered now to its span.
+
+        One that was answered from the cache, without `times`, has none.
+        """
         if self._tracer is None:
             return
         trace.get_current_span().set_attribute("aqt.rows", rows)
+        trace.get_current_span().set_attribute("aqt.cached", times is None)
+        if times is None:
+            return
         # The moments are of a clock that only goes forward; spans have the time of day.
         since_epoch = time.time_ns() - time.monotonic_ns()
         moments = (

@@ -79,8 +79,12 @@ class Statistics:
         """Of each request that succeeded; one batch counts once for each of its requests."""
         self.batches: dict[int, Stages] = collections.defaultdict(Stages)
         """Of each batch, by its rows."""
+        self.cache_hit = Duration()
+        """Of requests that were answered from the cache: the time until the answer was found."""
+        self.cache_miss = Duration()
+        """Of those that were not: the time to look, and to keep the answer."""
         self.rows = 0
-        """Rows of the requests that succeeded."""
+        """Rows of the requests that were computed and succeeded."""
         self.last_ms = 0
         """When the last request succeeded, in milliseconds since 1970-01-01 UTC; 0 for never."""
 
@@ -95,14 +99,18 @@ class Statistics:
         took_ns = sum(stages.infer.ns for stages in self.batches.values())
         return min(10.0, max(0.01, took_ns / 1e9 * rows / max(1, done)))
 
-    def succeeded(self, times: Times, *, arrived: int, rows: int) -> None:
-        """Counts a request of `rows` rows that arrived at `arrived` and is answered now."""
+    def succeeded(self, times: Times | None, *, arrived: int, rows: int) -> None:
+        """Counts a request of `rows` rows that arrived at `arrived` and is answered now.
+
+        `times` is None for one that was answered from the cache, which counts no stages.
+        """
         took = time.monotonic_ns() - arrived
         self.success.add(took)
         self.latencies.add(took)
-        self.queue.add(times.started - times.queued)
-        self.requests.add(times)
-        self.rows += rows
+        if times:
+            self.queue.add(times.started - times.queued)
+            self.requests.add(times)
+            self.rows += rows
         self.last_ms = time.time_ns() // 1_000_000
 
     @contextlib.contextmanager

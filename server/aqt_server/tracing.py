@@ -82,9 +82,18 @@ class Tracer:
         self._samplers[""] = _Sampler(self.rules(""))
 
     def trace(
-        self, request: pb.ModelInferRequest, *, model: str, version: int, arrived: int, times: Times
+        self,
+        request: pb.ModelInferRequest,
+        *,
+        model: str,
+        version: int,
+        arrived: int,
+        times: Times | None,
     ) -> None:
-        """Logs the moments of `request`, which is answered now, if it is its turn."""
+        """Logs the moments of `request`, which is answered now, if it is its turn.
+
+        Without `times` it was answered from the cache, and has only a first and a last moment.
+        """
         if not self._samplers.get(model, self._samplers[""]).take():
             return
         document = {
@@ -92,13 +101,16 @@ class Tracer:
             "model_name": model,
             "model_version": version,
             "REQUEST_START": arrived,
-            "QUEUE_START": times.queued,
-            "COMPUTE_START": times.started,
-            "COMPUTE_INPUT_END": times.inputs_ready,
-            "COMPUTE_OUTPUT_START": times.computed,
-            "COMPUTE_END": times.finished,
-            "REQUEST_END": time.monotonic_ns(),
         }
+        if times:
+            document |= {
+                "QUEUE_START": times.queued,
+                "COMPUTE_START": times.started,
+                "COMPUTE_INPUT_END": times.inputs_ready,
+                "COMPUTE_OUTPUT_START": times.computed,
+                "COMPUTE_END": times.finished,
+            }
+        document["REQUEST_END"] = time.monotonic_ns()
         _log.info("%s", json.dumps(document))
 
 

@@ -5,7 +5,7 @@ import enum
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class ModelControl(enum.StrEnum):
@@ -120,3 +120,11 @@ class Serving:
             "that moment; set it where others use the same memory later",
         ),
     ] = None
+    response_cache_bytes: Annotated[
+        NonNegativeInt,
+        Field(
+            title="BYTES",
+            description="of answers that are kept for requests that come again, of all versions "
+            "together; 0 for none. Set it where they do: each request costs a digest",
+        ),
+    ] = 0
