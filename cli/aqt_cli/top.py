@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aqt_cli.failures import as_sentence
+from aqt_cli.failures import as_sentence, of_the_server
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -112,7 +112,8 @@ def scrape(url: str, *, token: str | None, ca: Path | None) -> Moment:
       ScrapeError: they are not the metrics of a server.
       OSError: the server cannot be reached, or refuses.
     """
-    from prometheus_client.parser import text_string_to_metric_families
+    with of_the_server():
+        from prometheus_client.parser import text_string_to_metric_families
 
     if not url.startswith(("http://", "https://")):
         raise ScrapeError(f"{url} is no URL of HTTP: give one as http://localhost:8002/metrics")

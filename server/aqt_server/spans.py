@@ -102,7 +102,7 @@ def _provider(endpoint: str, ratio: float):
         from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
     except ImportError as error:
         raise NoSdkError(
-            f"--otlp-endpoint needs what sends spans ({error}): pip install 'aqt-engine[otlp]'"
+            f"--otlp-endpoint needs what sends spans ({error}): pip install 'aqt-server[otlp]'"
         ) from error
     provider = TracerProvider(
         resource=Resource.create({"service.name": _NAME}),

@@ -33,7 +33,7 @@ class Observe:
             title="URL",
             pattern="^https?://.+",
             description="of an OpenTelemetry collector over HTTP, such as http://localhost:4318, "
-            "that gets a span of each request; needs aqt-engine[otlp]",
+            "that gets a span of each request; needs aqt-server[otlp]",
         ),
     ] = None
     otlp_ratio: Annotated[
