@@ -30,7 +30,16 @@ import orbax.checkpoint as ocp
 import pydantic
 from jax import export
 
-from aqt_engine.files import MANIFEST, check_files, digest, files, sync, sync_entry, unfinished
+from aqt_engine.files import (
+    MANIFEST,
+    check_files,
+    digest,
+    files,
+    passes,
+    sync,
+    sync_entry,
+    unfinished,
+)
 from aqt_engine.files import BundleError as BundleError
 from aqt_engine.foreign_code import foreign_calls
 from aqt_engine.manifest import BATCH as BATCH
@@ -190,11 +199,14 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
     Raises:
       BundleError: there is none, it is not a manifest, it was changed, or its format is another.
+      OSError: it could not be read, which may pass.
     """
     file = Path(path) / MANIFEST
     try:
         text = file.read_bytes()
     except OSError as error:
+        if passes(error):
+            raise
         raise BundleError(
             f"{path} is not a bundle: its {MANIFEST} cannot be read ({error.strerror}); "
             f"`aqt convert` writes one"
@@ -233,6 +245,7 @@ def load(path: str | os.PathLike[str]) -> Bundle:
 
     Raises:
       BundleError: a file is missing, unlisted, truncated or changed, or cannot be decoded.
+      OSError: one could not be read, which may pass; as may MemoryError and JAX's.
     """
     root = Path(path)
     manifest = read_manifest(root)
@@ -249,6 +262,9 @@ def load(path: str | os.PathLike[str]) -> Bundle:
                 outputs={s.name: arrays[f"{part}outputs/{s.name}"] for s in manifest.outputs},
             )
         ordered = tuple(weights[spec.name] for spec in manifest.weights)
+    except (MemoryError, OSError, jax.errors.JaxRuntimeError):
+        # Of this machine at this moment: the digests are right.
+        raise
     except Exception as error:
         raise BundleError(
             f"{root} has the right digests but cannot be decoded by jax {jax.__version__} "

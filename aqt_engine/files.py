@@ -1,6 +1,7 @@
 """The files of a bundle: what is there, whether it is what was written, and on the disk."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from aqt_engine.manifest import FileDigest, Manifest
 
 MANIFEST = "manifest.json"
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 
 
 class BundleError(ValueError):
@@ -38,11 +40,17 @@ def digest(file: Path) -> FileDigest:
     return FileDigest(sha256=sha256, nbytes=file.stat().st_size)
 
 
+def passes(error: OSError) -> bool:
+    """Whether what `error` says is of the machine at this moment, and not of the file."""
+    return error.errno in _PASSING
+
+
 def check_files(root: Path, manifest: Manifest) -> None:
     """Checks that the files at `root` are those of `manifest`, in every byte.
 
     Raises:
       BundleError: one is missing, not listed, truncated or changed.
+      OSError: one could not be read, which may pass.
     """
     present = set(files(root))
     wrong = [f"{name} is missing" for name in sorted(set(manifest.files) - present)]
@@ -51,6 +59,8 @@ def check_files(root: Path, manifest: Manifest) -> None:
         try:
             expected, found = manifest.files[name], digest(root / name)
         except OSError as error:
+            if passes(error):
+                raise
             wrong.append(f"{name} cannot be read ({error.strerror})")
             continue
         if found.nbytes != expected.nbytes:

@@ -14,6 +14,8 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import logging
+import math
 import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,7 @@ from aqt_server.errors import DeadlineExceeded, InvalidRequest, NotReady, Overlo
 from aqt_server.service_time import ServiceTime
 from aqt_server.statistics import Statistics, Times
 
+_log = logging.getLogger(__name__)
 PRIORITY_LEVELS = 10
 """Priorities go from 1, the highest, to this one."""
 DEFAULT_PRIORITY = 5
@@ -86,12 +89,16 @@ class Batcher:
         queue_rows: int,
         statistics: Statistics,
         company: Company = Company(),
+        name: str = "a version",
+        hung_s: float = math.inf,
     ):
         self._program = program
         self._max_batch_rows = max_batch_rows
         self._queue_rows = queue_rows
         self._statistics = statistics
         self.company = company
+        self._name = name
+        self._hung_s = hung_s
         self._service_time = ServiceTime()
         self._levels = tuple(
             collections.OrderedDict[_Waiting, None]() for _ in range(PRIORITY_LEVELS)
@@ -109,6 +116,16 @@ class Batcher:
     def pending_requests(self) -> int:
         """Requests that wait in the queue."""
         return sum(map(len, self._levels))
+
+    @property
+    def computing_s(self) -> float:
+        """Seconds that the batch which is being computed takes so far; 0 where there is none."""
+        return asyncio.get_running_loop().time() - self._started if self._computing else 0.0
+
+    @property
+    def hung(self) -> bool:
+        """Whether that is more than a batch may take: then no more requests are taken."""
+        return self.computing_s > self._hung_s
 
     async def run(
         self,
@@ -130,7 +147,7 @@ class Batcher:
           InvalidRequest: it has more rows than the queue may ever hold.
           Overloaded: the queue is full.
           DeadlineExceeded: the deadline passed in the queue, or is certain to.
-          NotReady: the version is being unloaded, or was cut off while it computed.
+          NotReady: the version is being unloaded, was cut off while it computed, or hangs.
         """
         rows = rows_of(inputs)
         loop = asyncio.get_running_loop()
@@ -187,6 +204,11 @@ class Batcher:
             )
         if self._closed:
             raise NotReady("this version is being unloaded: send the request again")
+        if self.hung:
+            raise NotReady(
+                f"this version has been computing one batch for {self.computing_s:.0f} s: send the "
+                f"request to another server, or again later"
+            )
         if self.pending_rows + max(1, rows) > self._queue_rows:
             raise Overloaded(
                 f"{self.pending_rows} rows are waiting and {rows} more do not fit into the queue "
@@ -256,6 +278,7 @@ class Batcher:
                 continue
             batch = self._computing = self._take(now, company)
             if batch:
+                hung = loop.call_later(self._hung_s, self._tell_hung)
                 try:
                     answers = await loop.run_in_executor(self._thread, self._compute, batch)
                 except Exception as error:
@@ -268,11 +291,21 @@ class Batcher:
                     for waiting, answer in zip(batch, answers, strict=True):
                         if not waiting.answer.done():
                             waiting.answer.set_result(answer)
+                finally:
+                    hung.cancel()
+                    self._computing = []
             elif self._closed:
                 return
             else:
                 self._arrived.clear()
                 await self._arrived.wait()
+
+    def _tell_hung(self) -> None:
+        _log.error(
+            "a batch of %s has been computed for %g s: no more requests are taken until it ends",
+            self._name,
+            self._hung_s,
+        )
 
     def _gathered(self, now: float) -> tuple[int, float]:
         """The rows of the next batch, and until when it waits for company; now or before: no more.

@@ -8,7 +8,7 @@ RequestError
     NotPermitted       FAILED_PRECONDITION the server's settings do not allow it
     NotReady           UNAVAILABLE         the version is still loading, or the server is stopping
     Overloaded         RESOURCE_EXHAUSTED  a full queue, or too many calls; asking later helps
-    OutOfMemory        RESOURCE_EXHAUSTED  a version does not fit into memory
+    OutOfMemory        RESOURCE_EXHAUSTED  a version, or a batch, does not fit into memory
     DeadlineExceeded   DEADLINE_EXCEEDED   its time was up before it was computed
     Unauthenticated    UNAUTHENTICATED     it is not known who calls
     PermissionDenied   PERMISSION_DENIED   who calls may not do this
@@ -91,9 +91,10 @@ class Overloaded(RequestError):
 
 
 class OutOfMemory(RequestError):
-    """A version that was to be loaded does not fit into the memory that there is."""
+    """A version that was to be loaded, or a batch, does not fit into the memory that there is."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = FailureReason.BACKEND
 
 
 class DeadlineExceeded(RequestError):

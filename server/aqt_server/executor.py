@@ -16,7 +16,7 @@ import numpy as np
 from aqt_engine import bundle, proof
 from aqt_engine.bundle import Arrays, Bundle, Manifest
 from aqt_engine.execution import Mode, Program, tile_buckets
-from aqt_server.memory import Memory, workspace
+from aqt_server.memory import Memory, told, workspace
 
 
 class InexactError(Exception):
@@ -45,8 +45,12 @@ class Executor:
         """Bytes beside the weights that it computes in."""
 
     def __call__(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        """The outputs for `inputs`: by name, the same rows for all."""
-        with jax.enable_x64(self._in_64_bits):
+        """The outputs for `inputs`: by name, the same rows for all.
+
+        Raises:
+          NoMemoryError: there is not enough to compute them in.
+        """
+        with jax.enable_x64(self._in_64_bits), told():
             return self._program(inputs)
 
     def prove(self, loaded: Bundle, *, more_s: float) -> "Proof":
@@ -135,10 +139,11 @@ def load(
     manifest = bundle.read_manifest(path)
     most_rows = tile_buckets(max_batch_rows, manifest.tile)[-1] * manifest.tile
     memory.check(manifest, workspace=workspace(manifest, most_rows))
-    loaded = bundle.load(path)
-    executor = Executor(loaded, max_batch_rows=max_batch_rows, mode=mode)
-    memory.check(manifest, workspace=executor.workspace_nbytes, copies=1)
-    found = executor.prove(loaded, more_s=proof_s if mode is Mode.EXACT else 0)
+    with told():
+        loaded = bundle.load(path)
+        executor = Executor(loaded, max_batch_rows=max_batch_rows, mode=mode)
+        memory.check(manifest, workspace=executor.workspace_nbytes, copies=1)
+        found = executor.prove(loaded, more_s=proof_s if mode is Mode.EXACT else 0)
     if mode is Mode.FAST:
         verdict = f"fast: bits may differ with the batch; tried on the witness, {found}"
         return Loaded(

@@ -35,7 +35,7 @@ def outcome_of(error: Exception) -> Outcome:
             return Outcome.DAMAGED
         case executor.InexactError():
             return Outcome.INEXACT
-        case NoMemoryError() | MemoryError():
+        case NoMemoryError():
             return Outcome.NO_MEMORY
         case _:
             return Outcome.FAILED

@@ -1,7 +1,8 @@
 """How many bytes a version takes, and whether there are that many."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import jax
@@ -13,7 +14,21 @@ _COPIES = 3
 
 
 class NoMemoryError(Exception):
-    """There is not as much memory as a version takes."""
+    """There is not as much memory as a version takes, or as it computes in."""
+
+
+@contextlib.contextmanager
+def told() -> Generator[None]:
+    """Makes NoMemoryError of the errors with which JAX and NumPy run out of memory."""
+    try:
+        yield
+    except MemoryError as error:
+        raise NoMemoryError(f"the machine has none left: {error or 'MemoryError'}") from error
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        first = str(error).removeprefix("RESOURCE_EXHAUSTED: ").partition("\n")[0]
+        raise NoMemoryError(f"the device has none left: {first}") from error
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,6 +78,10 @@ _GAUGES: dict[str, tuple[str, Callable[[Servable], float]]] = {
         "Rows in the queue, of which --queue-rows bounds the number",
         lambda servable: servable.batcher.pending_rows,
     ),
+    "inference_computing_seconds": (
+        "Time that the batch which is being computed takes so far",
+        lambda servable: servable.batcher.computing_s,
+    ),
     "model_exact": (
         "1 if the version was proved here to answer with the bits of training, else 0",
         lambda servable: servable.exact,

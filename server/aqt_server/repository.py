@@ -340,11 +340,7 @@ class Repository:
         if self._closing:
             return
         servable = serve(
-            key,
-            loaded,
-            self._policies.of(name),
-            queue_rows=self._settings.batching.queue_rows,
-            cache=self.cache,
+            key, loaded, self._policies.of(name), self._settings.batching, cache=self.cache
         )
         self._entries[key] = _Entry(state=State.READY, fingerprint=fingerprint, servable=servable)
         self.loads[name, Outcome.READY] += 1

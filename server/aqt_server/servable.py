@@ -1,14 +1,18 @@
 """A version that answers requests."""
 
 import dataclasses
+import functools
 
-from aqt_engine.bundle import Manifest
+from aqt_engine.bundle import Arrays, Manifest
 from aqt_engine.execution import Mode
-from aqt_server.batcher import Batcher, Company
+from aqt_server.batcher import Batcher, Company, Outputs
 from aqt_server.directory import Key
-from aqt_server.executor import Loaded
+from aqt_server.errors import OutOfMemory
+from aqt_server.executor import Executor, Loaded
+from aqt_server.memory import NoMemoryError
 from aqt_server.policies import Policy
 from aqt_server.response_cache import ResponseCache, VersionCache
+from aqt_server.settings import Batching
 from aqt_server.statistics import Statistics
 
 
@@ -46,12 +50,11 @@ class Servable:
 
 
 def serve(
-    key: Key, loaded: Loaded, policy: Policy, *, queue_rows: int, cache: ResponseCache | None
+    key: Key, loaded: Loaded, policy: Policy, batching: Batching, *, cache: ResponseCache | None
 ) -> Servable:
     """The version `key`, loaded, with a queue in the running event loop.
 
-    It holds `queue_rows` rows, unless `policy` says otherwise. If it is exact, its answers are kept
-    in `cache`, unless `policy` says otherwise.
+    If it is exact, its answers are kept in `cache`, unless `policy` says otherwise.
     """
     statistics = Statistics()
     cache = cache if loaded.exact and policy.response_cache else None
@@ -65,12 +68,24 @@ def serve(
         bucket_rows=loaded.executor.bucket_rows,
         workspace_nbytes=loaded.executor.workspace_nbytes,
         batcher=Batcher(
-            loaded.executor,
+            functools.partial(_computed, loaded.executor),
             max_batch_rows=loaded.executor.bucket_rows[-1],
-            queue_rows=policy.queue_rows or queue_rows,
+            queue_rows=policy.queue_rows or batching.queue_rows,
             statistics=statistics,
             company=Company(delay_s=policy.max_delay_ms / 1e3, rows=policy.preferred_rows),
+            name=f"{key[0]} version {key[1]}",
+            hung_s=batching.hung_s,
         ),
         cache=VersionCache(cache, statistics) if cache is not None else None,
         statistics=statistics,
     )
+
+
+def _computed(executor: Executor, inputs: Arrays) -> Outputs:
+    try:
+        return executor(inputs)
+    except NoMemoryError as error:
+        raise OutOfMemory(
+            f"there was no memory to compute the batch that the request was in ({error}): send it "
+            f"again later, or fewer rows at once"
+        ) from error

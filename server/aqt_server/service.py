@@ -83,10 +83,10 @@ class Service(Administration):
     async def ModelReady(self, request: pb.ModelReadyRequest, call: Call):
         """Ready when a request to this model would be computed; unknown models are not ready."""
         try:
-            self._repository.get(request.name, request.version)
+            servable = self._repository.get(request.name, request.version)
         except RequestError:
             return pb.ModelReadyResponse(ready=False)
-        return pb.ModelReadyResponse(ready=True)
+        return pb.ModelReadyResponse(ready=not servable.batcher.hung)
 
     async def ServerMetadata(self, request: pb.ServerMetadataRequest, call: Call):
         """The server's name and version, and the extensions of the protocol that it has."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import resource
 import shutil
 
 import hypothesis
@@ -193,6 +194,19 @@ def test_a_truncated_file_is_named(scratch):
                 assert f"{name} has {size} bytes instead of {len(whole)}" in message
         (scratch / name).write_bytes(whole)
     assert_whole(scratch)
+
+
+def test_too_many_open_files_are_no_damage(written):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            bundle.read_manifest(written)
+        with pytest.raises(OSError, match="Too many open files"):
+            bundle.load(written)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert_whole(written)
 
 
 @hypothesis.settings(max_examples=100)

@@ -215,3 +215,32 @@ def test_statistics_count_batches_by_their_rows():
             assert moments == sorted(moments)
 
     with_batcher(test, statistics)
+
+
+def test_a_batch_that_takes_too_long_refuses_others_until_it_ends(caplog):
+    async def main():
+        program = Doubling()
+        batcher = Batcher(
+            program,
+            max_batch_rows=4,
+            queue_rows=8,
+            statistics=Statistics(),
+            name="a model",
+            hung_s=0.05,
+        )
+        async with asyncio.timeout(60):
+            assert batcher.computing_s == 0
+            first = asyncio.create_task(batcher.run(rows(1)))
+            await until_computing(program)
+            while not batcher.hung:
+                await asyncio.sleep(0.01)
+            with pytest.raises(NotReady, match="computing one batch for"):
+                await batcher.run(rows(2))
+            assert "a batch of a model has been computed for 0.05 s" in caplog.text
+            program.gate.set()
+            await first
+            assert batcher.computing_s == 0
+            assert (await batcher.run(rows(3))).outputs["y"].tolist() == [[6]]
+            await batcher.close(60)
+
+    asyncio.run(main())

@@ -1,5 +1,6 @@
 """An execution that never ends: what waits behind it, and the server's end, are not held up."""
 
+import urllib.error
 import urllib.request
 
 import grpc
@@ -175,3 +176,32 @@ def test_a_signal_while_a_version_loads_ends_the_server(tmp_path):
         with serving(tmp_path / "repository", log=log, ready=False) as server:
             assert server.terminate() == 0
             assert "Traceback" not in server.log()
+
+
+def test_a_model_that_hangs_is_seen_and_others_go_on(repository, tmp_path):
+    flags = ("--hung-s", "0.5", "--drain-s", "0.5", "--http-port", "0")
+    with (
+        serving(repository, *flags, log=tmp_path / "log") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)
+
+        def ready(name):
+            return stub.ModelReady(pb.ModelReadyRequest(name=name), timeout=WAIT_S).ready
+
+        assert ready("stalling")
+        stall = request_of(np.full((1, 1), STALL, np.float32), model_name="stalling")
+        first = stub.ModelInfer.future(stall)
+        eventually(lambda: not ready("stalling"))
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"{server.http_url}/v2/models/stalling/ready", timeout=WAIT_S)
+        with raises_status("UNAVAILABLE", r"computing one batch for \d+ s"):
+            stub.ModelInfer(request_of(np.ones((1, 1), np.float32), model_name="stalling"))
+        assert sample(server, "aqt_inference_computing_seconds", model="stalling") > 0.5
+        assert "a batch of stalling version 1 has been computed for 0.5 s" in server.log()
+        # Other models, and the server, are ready.
+        assert ready(MODEL)
+        assert stub.ModelInfer(request_of(x_of(3)), timeout=WAIT_S).outputs
+        assert sample(server, "aqt_inference_computing_seconds", model=MODEL) == 0
+        assert stub.ServerReady(pb.ServerReadyRequest(), timeout=WAIT_S).ready
+        assert not first.done()

@@ -29,6 +29,14 @@ class Batching:
             "overload",
         ),
     ] = 1024
+    hung_s: Annotated[
+        PositiveFloat,
+        Field(
+            title="SECONDS",
+            description="that a batch may compute before its version is not ready and refuses "
+            "requests with UNAVAILABLE, until it ends; give it more than the longest batch takes",
+        ),
+    ] = 60.0
     drain_s: Annotated[
         NonNegativeFloat,
         Field(
