@@ -106,15 +106,16 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def ours(
-    repository: Path, model: str, inputs: Arrays, expected: Callable[[Arrays], bool], *flags: str
+    repository: Path, model: str, inputs: Arrays, expected: Callable[[Arrays], bool], *, fast: bool
 ) -> Contender:
-    """`aqt serve` with the bundle `model` of `repository`."""
+    """`aqt serve` with the bundle `model` of `repository`: its fast door, or that of Python."""
+    asked, other = ("--fast-port", "--port") if fast else ("--port", "--fast-port")
     return Contender(
-        name=" ".join(("aqt serve", *flags)),
+        name="aqt serve --fast-port" if fast else "aqt serve",
         command=(
             *(str(Path(sys.executable).parent / "aqt"), "serve"),
-            *("--model-repository", str(repository), "--host", "127.0.0.1", "--port", "{port}"),
-            *("--metrics-port", "-1", *flags),
+            *("--model-repository", str(repository), "--host", "127.0.0.1", "--metrics-port", "-1"),
+            *(asked, "{port}", other, "0" if fast else "-1"),
         ),
         model=model,
         inputs=inputs,

@@ -97,6 +97,12 @@ class OutOfMemory(RequestError):
     reason = FailureReason.BACKEND
 
 
+class TooLarge(RequestError):
+    """A message has more bytes than the server takes or sends."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 class DeadlineExceeded(RequestError):
     """The request's time was up before it was computed."""
 

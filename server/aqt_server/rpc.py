@@ -68,11 +68,11 @@ class Door:
     ) -> Callable[[bytes, _Context], Awaitable[Message]]:
         async def unary(sent: bytes, context: _Context) -> Message:
             try:
-                request = _read(kind, sent)
+                request = read(kind, sent)
                 return await self._service.answer(rpc, request, self._call(context))
             except Exception as error:
                 code, sentence = status_of(error)
-                details = _details(error)
+                details = details_of(error)
             await context.abort(code, sentence, details)
 
         return unary
@@ -83,7 +83,7 @@ class Door:
         async def answer(sent: bytes) -> pb.ModelStreamInferResponse:
             request = pb.ModelInferRequest()
             try:
-                request = _read(pb.ModelInferRequest, sent)
+                request = read(pb.ModelInferRequest, sent)
                 answered = await self._service.answer("ModelInfer", request, self._call(context))
             except Exception as error:
                 code, sentence = status_of(error)
@@ -161,7 +161,7 @@ def _refusing(
     return cast(Any, made)(refuse)
 
 
-def _details(error: Exception) -> tuple[tuple[str, bytes], ...]:
+def details_of(error: Exception) -> tuple[tuple[str, bytes], ...]:
     """Metadata that says when to come again, as google.rpc has it; for other errors nothing."""
     if not isinstance(error, Overloaded):
         return ()
@@ -172,7 +172,12 @@ def _details(error: Exception) -> tuple[tuple[str, bytes], ...]:
     return ((_DETAILS, status.SerializeToString()),)
 
 
-def _read(kind: type[_Message], sent: bytes) -> _Message:
+def read(kind: type[_Message], sent: bytes) -> _Message:
+    """The message that was sent.
+
+    Raises:
+      InvalidRequest: it is none.
+    """
     try:
         return kind.FromString(sent)
     except DecodeError:

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from aqt_protos import POOL, SERVICE_NAME
 from aqt_server import compiled, http, rest
+from aqt_server.fast_rpc import FastDoor, NotCompiledError
 from aqt_server.logs import LogSettings
 from aqt_server.metrics import Metrics
 from aqt_server.policies import Policies, PolicyFileError
@@ -133,12 +134,14 @@ class _Doors:
     """What the server listens with."""
 
     rpc: grpc.aio.Server
+    fast: FastDoor | None
     http: Sequence[Port]
     spans: Spans
 
     async def close(self) -> None:
         """Answers what is under way within a second, and takes no more."""
-        await asyncio.gather(self.rpc.stop(grace=1), *(port.close() for port in self.http))
+        fast = [self.fast.close()] if self.fast else []
+        await asyncio.gather(self.rpc.stop(grace=1), *fast, *(port.close() for port in self.http))
         await asyncio.to_thread(self.spans.close)
 
 
@@ -166,6 +169,9 @@ async def _open(settings: Settings, repository: Repository, checks: Any) -> _Doo
     port = _listen(server, f"{listen.host}:{listen.port}", certificates)
     profiler = Profiler(settings.observe.profile_directory, settings.observe.profile_max_s)
     told = [f"listening on {listen.host}:{port}"]
+    fast = _open_fast(settings, service, guard) if listen.fast_port >= 0 else None
+    if fast:
+        told.append(f"fast on {listen.host}:{fast.port}")
     ports: list[Port] = []
     if listen.http_port >= 0:
         ports.append(Port(rest.application(service, guard, limits, profiler), settings.connections))
@@ -180,7 +186,7 @@ async def _open(settings: Settings, repository: Repository, checks: Any) -> _Doo
     # Last, as a server that was started and is not stopped complains.
     await server.start()
     print("\n".join(told), flush=True)
-    return _Doors(rpc=server, http=ports, spans=spans)
+    return _Doors(rpc=server, fast=fast, http=ports, spans=spans)
 
 
 def _grpc_server(settings: Settings, checks: Any, door: Door, guard: Guard) -> grpc.aio.Server:
@@ -217,6 +223,18 @@ def _listen(server: grpc.aio.Server, address: str, certificates: Certificates | 
     except RuntimeError as error:
         raise StartError(
             f"cannot listen on {address} ({error}): is the port taken? choose another with --port"
+        ) from error
+
+
+def _open_fast(settings: Settings, service: Service, guard: Guard) -> FastDoor:
+    try:
+        return FastDoor(service, guard, settings)
+    except NotCompiledError as error:
+        raise StartError(str(error)) from error
+    except (OSError, RuntimeError) as error:
+        raise StartError(
+            f"cannot listen on {settings.listen.host}:{settings.listen.fast_port} ({error}): is "
+            f"the port taken? choose another with --fast-port, or -1 for none"
         ) from error
 
 

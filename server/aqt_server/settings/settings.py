@@ -42,6 +42,8 @@ class Settings:
             raise Contradiction(
                 "{auth_issuer} and {auth_audience} need {auth_jwks}, which is missing"
             )
+        if self.listen.fast_port >= 0 and tls.tls_certificate:
+            raise Contradiction("{fast_port} has no TLS, and {tls_certificate} asks for it")
         if self.observe.profile_directory and self.listen.http_port < 0:
             raise Contradiction("{profile_directory} needs {http_port}, and it is -1")
         if access.auth_policy and not (access.auth_tokens or access.auth_jwks or tls.tls_client_ca):
