@@ -9,7 +9,7 @@ OURS := --no-emit-package aqt-engine --no-emit-package aqt-protos --no-emit-pack
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-annotate --no-header $(OURS)
 
-.PHONY: demo zoo papers attack faults test check fmt proto lock clean
+.PHONY: demo zoo papers attack faults fuzz soak bench-overload test check fmt proto lock clean
 .PHONY: bench-training bench-exactness bench-platforms bench-serving bench-gpu
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
@@ -27,6 +27,16 @@ attack: .venv/installed  ## 100,000 random requests against live servers: docs/e
 
 faults: .venv/installed  ## much of each fault: docs/operations.md
 	AQT_FAULTS=long $(BIN)/python -m pytest -q tests/faults
+
+fuzz: .venv/installed  ## a million requests that no client means
+	PYTHONPATH=tests $(BIN)/python -m faults.fuzz
+
+MINUTES ?= 30
+soak: .venv/installed  ## mixed traffic for MINUTES, with the server's memory watched
+	PYTHONPATH=tests $(BIN)/python -m faults.soak --minutes $(MINUTES)
+
+bench-overload: .venv/installed  ## more requests than can be answered: docs/performance.md
+	$(BIN)/python -m benchmarks.overload --json out/bench/overload.json
 
 bench-training: .venv/installed  ## what AQT's training step costs: docs/performance.md
 	$(BIN)/python -m benchmarks.training --json out/bench/training.json
