@@ -10,7 +10,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 
 	--generate-hashes --no-emit-index-url --no-annotate --no-header $(OURS)
 
 .PHONY: demo zoo papers attack faults fuzz soak bench-overload test check fmt proto lock clean
-.PHONY: bench-training bench-exactness bench-platforms bench-serving bench-gpu
+.PHONY: bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
 	$(BIN)/python -m examples.digits.demo
@@ -49,6 +49,9 @@ bench-exactness: .venv/installed  ## what exactness costs: docs/exactness.md
 
 bench-platforms: .venv/installed  ## which bits differ on older processors: docs/exactness.md
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.platforms
+
+bench-fairness: .venv/installed  ## whether a flooded model holds up another: docs/performance.md
+	$(BIN)/python -m benchmarks.fairness --json out/bench/fairness.json
 
 bench-serving: .venv/installed  ## requests per second, with h2load: docs/performance.md
 	$(BIN)/python -m benchmarks.serving --json out/bench/serving.json

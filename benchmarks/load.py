@@ -1,5 +1,6 @@
 """Load from `h2load`, which costs little, on one connection; and what a server spends on it."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -7,7 +8,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -44,9 +45,7 @@ def load(
       RuntimeError: h2load is not there, or a request had no answer.
     """
     with tempfile.TemporaryDirectory() as folder:
-        body = Path(folder, "body")
-        body.write_bytes(b"\0" + len(message).to_bytes(4, "big") + message)
-        command = (f"http://{address}{path}", body, in_flight)
+        command = (f"http://{address}{path}", _body(folder, message), in_flight)
         # Counted, not timed: h2load then waits for every answer.
         trial = _requests_per_s(_h2load(*command, requests=20 * in_flight))
         requests = math.ceil(trial * seconds / 4)
@@ -65,16 +64,46 @@ def load(
     )
 
 
-def _h2load(url: str, body: Path, in_flight: int, *, requests: int) -> str:
+@contextlib.contextmanager
+def flooding(address: str, path: str, message: bytes, *, in_flight: int) -> Iterator[None]:
+    """Keeps `in_flight` requests under way while the block runs, for a quarter of an hour at most.
+
+    Raises:
+      RuntimeError: h2load is not there, or ended before the block.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = _command(f"http://{address}{path}", _body(folder, message), in_flight)
+        process = subprocess.Popen([*command, "-D", "900"], stdout=subprocess.DEVNULL)
+        try:
+            yield
+            if process.poll() is not None:
+                raise RuntimeError("h2load ended before it was told to")
+        finally:
+            process.kill()
+            process.wait(_WAIT_S)
+
+
+def _body(folder: str, message: bytes) -> Path:
+    """A file of `message` as gRPC frames it."""
+    body = Path(folder, "body")
+    body.write_bytes(b"\0" + len(message).to_bytes(4, "big") + message)
+    return body
+
+
+def _command(url: str, body: Path, in_flight: int) -> list[str]:
     command = shutil.which("h2load")
     if command is None:
         raise RuntimeError("h2load is not installed: it is in the package nghttp2-client of Debian")
     headers = ("content-type: application/grpc", "te: trailers")
+    return [
+        *(command, "-c", "1", "-t", "1", "-m", str(in_flight), "-d", str(body)),
+        *(*(part for header in headers for part in ("-H", header)), url),
+    ]
+
+
+def _h2load(url: str, body: Path, in_flight: int, *, requests: int) -> str:
     done = subprocess.run(
-        [
-            *(command, "-c", "1", "-t", "1", "-m", str(in_flight), "-n", str(requests)),
-            *("-d", body, *(part for header in headers for part in ("-H", header)), url),
-        ],
+        [*_command(url, body, in_flight), "-n", str(requests)],
         capture_output=True,
         text=True,
         check=True,

@@ -1,8 +1,9 @@
 """Requests to batches to answers, for one loaded version.
 
 There is one queue and one thread that computes. While it computes, requests gather; when it is
-free, it takes as many whole requests as fit, those of a higher priority first and otherwise in the
-order of their arrival. A batch is of one group, that of the request whose turn it is: requests of
+free, it takes as many whole requests as fit, in the order of their arrival, where each level of
+priority is a head start of one second: under any load, none waits for ever for its turn.
+A batch is of one group, that of the request whose turn it is: requests of
 other shapes are passed over and keep their places. No request waits for company, unless the policy
 of the model says so: alone, it runs at once. One that could not be answered in its time, by what
 batches have taken so far, is refused at once. One whose caller has gone, or whose deadline has
@@ -14,6 +15,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import heapq
 import logging
 import math
 import time
@@ -33,6 +35,8 @@ _log = logging.getLogger(__name__)
 PRIORITY_LEVELS = 10
 """Priorities go from 1, the highest, to this one."""
 DEFAULT_PRIORITY = 5
+LEVEL_S = 1.0
+"""Seconds of head start that one level has before the next."""
 
 Outputs = dict[str, np.ndarray[Any, Any]]
 
@@ -66,6 +70,8 @@ class _Waiting:
     deadline: float | None
     queued: int
     since: float
+    turn: float
+    """What the queue is ordered by."""
     answer: asyncio.Future[Answer]
 
     @property
@@ -151,8 +157,10 @@ class Batcher:
         """
         rows = rows_of(inputs)
         loop = asyncio.get_running_loop()
+        now = loop.time()
+        turn = now + priority * LEVEL_S
         self._admit(rows)
-        self._check_time(group, rows, priority, deadline, answer_by)
+        self._check_time(group, rows, now, turn, deadline, answer_by)
         waiting = _Waiting(
             inputs=inputs,
             rows=rows,
@@ -160,7 +168,8 @@ class Batcher:
             priority=priority,
             deadline=deadline,
             queued=time.monotonic_ns(),
-            since=loop.time(),
+            since=now,
+            turn=turn,
             answer=loop.create_future(),
         )
         self._levels[priority - 1][waiting] = None
@@ -220,7 +229,8 @@ class Batcher:
         self,
         group: Hashable,
         rows: int,
-        priority: int,
+        now: float,
+        turn: float,
         deadline: float | None,
         answer_by: float | None,
     ) -> None:
@@ -230,13 +240,12 @@ class Batcher:
         """
         if (deadline is None and answer_by is None) or not (self._computing or self.pending_rows):
             return
-        now = asyncio.get_running_loop().time()
         expected = self._service_time.expected
         start = now
         if self._computing:
             taken = sum(waiting.rows for waiting in self._computing)
             start = max(start, self._started + expected(self._computing[0].group, taken))
-        ahead = sum(waiting.rows for level in self._levels[:priority] for waiting in level)
+        ahead = sum(w.rows for level in self._levels for w in level if w.turn <= turn)
         start += ahead // self._max_batch_rows * expected(group, self._max_batch_rows)
         answered = start + expected(group, rows)
         late = deadline is not None and start > deadline
@@ -313,9 +322,9 @@ class Batcher:
         No request is held for more than half of the time that it has.
         """
         delay_s = self.company.delay_s
-        queued = [waiting for level in self._levels for waiting in level]
-        if not delay_s or not queued or self._closed:
+        if not delay_s or not self.pending_rows or self._closed:
             return self._max_batch_rows, now
+        queued = self._in_turn()
         companions = [waiting for waiting in queued if waiting.group == queued[0].group]
         rows = sum(waiting.rows for waiting in companions)
         wanted = [n for n in self.company.rows if n <= self._max_batch_rows]
@@ -330,22 +339,25 @@ class Batcher:
         """The next requests that fit into a batch of `most` rows; one that is larger goes alone."""
         batch: list[_Waiting] = []
         rows = 0
-        for level in self._levels:
-            for waiting in list(level):
-                if waiting.deadline is not None and waiting.deadline <= now:
-                    self._expire(waiting)
-                    continue
-                if batch and waiting.group != batch[0].group:
-                    continue
-                if batch and rows + waiting.rows > most:
-                    return batch
-                self._remove(waiting)
-                # Cancelled, and its caller has not been woken to remove it.
-                if waiting.answer.done():
-                    continue
-                batch.append(waiting)
-                rows += waiting.rows
+        for waiting in self._in_turn():
+            if waiting.deadline is not None and waiting.deadline <= now:
+                self._expire(waiting)
+                continue
+            if batch and waiting.group != batch[0].group:
+                continue
+            if batch and rows + waiting.rows > most:
+                return batch
+            self._remove(waiting)
+            # Cancelled, and its caller has not been woken to remove it.
+            if waiting.answer.done():
+                continue
+            batch.append(waiting)
+            rows += waiting.rows
         return batch
+
+    def _in_turn(self) -> list[_Waiting]:
+        """All that waits, in the order in which it goes."""
+        return list(heapq.merge(*self._levels, key=lambda waiting: waiting.turn))
 
     def _compute(self, batch: list[_Waiting]) -> list[Answer]:
         started = time.monotonic_ns()

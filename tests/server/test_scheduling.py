@@ -177,6 +177,26 @@ def test_no_request_waits_for_company_for_more_than_half_of_its_time():
     with_batcher(test, company=Company(delay_s=10.0))
 
 
+def test_a_low_priority_is_overtaken_only_within_its_head_start():
+    async def test(program, batcher):
+        first = ask(batcher, *[0] * 8)
+        await until_computing(program)
+        low = ask(batcher, 10, priority=3)
+        await turn(1.9)
+        overtaking = ask(batcher, 1, priority=1)
+        await turn(0.2)
+        # However many of these come, it is not held up by them.
+        later = [ask(batcher, *[2] * 8, priority=1) for _ in range(3)]
+        equal = ask(batcher, 11, priority=3)
+        await turn(0)
+        program.gate.set()
+        await asyncio.gather(first, low, overtaking, *later, equal)
+        assert program.batches[1] == [1, 10]
+        assert program.batches[-1] == [11]
+
+    with_batcher(test)
+
+
 def test_a_policy_that_contradicts_itself_is_refused():
     with pytest.raises(ValueError, match="preferred_rows needs max_delay_ms"):
         Policy(preferred_rows=(4,))
