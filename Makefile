@@ -10,7 +10,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 
 	--generate-hashes --no-emit-index-url --no-annotate --no-header $(OURS)
 
 .PHONY: demo zoo papers attack faults fuzz soak bench-overload test check fmt proto lock clean
-.PHONY: bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness
+.PHONY: differential bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
 	$(BIN)/python -m examples.digits.demo
@@ -57,14 +57,18 @@ bench-serving: .venv/installed  ## requests per second, with h2load: docs/perfor
 	$(BIN)/python -m benchmarks.serving --json out/bench/serving.json
 
 test: check  ## all tests
-	$(BIN)/python -m pytest -q -n 2 -m slow
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
+
+differential: .venv/installed  ## all drawn comparisons with aqtp, of which `test` makes a part
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --long tests/engine/test_float_numerics.py \
+		$(wildcard tests/engine/test_against_aqtp*.py)
 
 check: .venv/installed  ## lint, types and the fast tests: under two minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python protos/generate.py --check
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 fmt: .venv/installed
 	$(BIN)/ruff check --fix .

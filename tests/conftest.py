@@ -1,10 +1,28 @@
 """Settings that every test runs under."""
 
 import os
+from pathlib import Path
 
 import hypothesis
+
+from aqt_server.compiled import keep_in
+from compiled import shared_cache
+
+# What a worker or a server has compiled, no other compiles again.
+keep_in(Path(shared_cache()))
 
 # More cases on demand: HYPOTHESIS_PROFILE=long. No deadline: the first example compiles.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=30)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="run those marked long too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("long"):
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)

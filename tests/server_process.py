@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +12,10 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from compiled import shared_cache
+
 AQT = Path(sys.executable).parent / "aqt"
 WAIT_S = 120
-# One for all servers of a test run, so that each executable is compiled once.
-_CACHE = tempfile.TemporaryDirectory(prefix="aqt-tests-compiled-")
 
 
 class ServerProcess:
@@ -76,7 +75,7 @@ def serving(
     credentials: grpc.ChannelCredentials | None = None,
 ) -> Iterator[ServerProcess]:
     command = [AQT, "serve", "--model-repository", repository, "--port", "0", "--metrics-port", "0"]
-    command += ["--compilation-cache", _CACHE.name, *flags]
+    command += ["--compilation-cache", shared_cache(), *flags]
     server = ServerProcess(command, log)
     try:
         if ready:

@@ -30,7 +30,7 @@ with warnings.catch_warnings():
     import aqt.jax.v2.flax.aqt_flax as aqtp_flax
     import aqt.jax.v2.utils as aqtp_utils
 
-CASES = 60  # of each pair that is compiled
+CASES = 150  # of each pair that is compiled
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
 
 
@@ -84,12 +84,20 @@ class Pair:
         return f"{lhs}x{rhs}-{np.dtype(self.dtype).name}-{self.setting}".replace(" ", "")
 
 
+def is_short(i, j):
+    """One dtype for each contraction, so that no setting comes twice."""
+    return j == (i + (2 if i < 9 else 1)) % len(DTYPES)
+
+
+def pairs(i, contraction):
+    for j, dtype in enumerate(DTYPES):
+        chosen = SETTINGS[(8 * (i * len(DTYPES) + j)) % len(SETTINGS)]
+        marks = () if is_short(i, j) else pytest.mark.long
+        yield pytest.param(Pair(contraction, dtype, chosen), marks=marks)
+
+
 # Each contraction with each dtype, and the settings in turn; 8 and 27 have no factor in common.
-PAIRS = [
-    Pair(contraction, dtype, SETTINGS[(8 * (i * len(DTYPES) + j)) % len(SETTINGS)])
-    for i, contraction in enumerate(CONTRACTIONS)
-    for j, dtype in enumerate(DTYPES)
-]
+PAIRS = [pair for i, contraction in enumerate(CONTRACTIONS) for pair in pairs(i, contraction)]
 
 
 def value_and_gradients(contract):
@@ -138,8 +146,12 @@ def test_a_few_contractions():
     compare_pair(Pair(MATMUL, np.float32, stochastic), 20)
 
 
-def test_there_are_thousands_of_cases():
-    assert CASES * (len(PAIRS) + len(EINSUMS) * len(EINSUM_CONFIGS) + 4) >= 2000
+def test_there_are_thousands_of_cases_of_every_kind_of_setting():
+    short = [pair.values[0].setting for pair in PAIRS if not pair.marks]
+    assert CASES * (len(short) + len(EINSUMS) + 4) >= 4000
+    assert len(set(short)) == len(short)
+    given = {(s.preset, *argument) for s in SETTINGS for argument in s.arguments}
+    assert {(s.preset, *argument) for s in short for argument in s.arguments} == given
 
 
 @pytest.mark.slow
@@ -197,22 +209,31 @@ def their_uneven():
     return aqtp_config.set_bits(aqtp_config.config_v4(), 4, 8, 8, 5, 3, 4)
 
 
-EINSUM_CONFIGS = [
-    (uneven, their_uneven),
-    (config.fully_quantized, aqtp_config.fully_quantized),
-]
+EINSUM_CONFIGS = {
+    "uneven": (uneven, their_uneven),
+    "fully_quantized": (config.fully_quantized, aqtp_config.fully_quantized),
+}
 
 
+# Each equation with the configurations in turn, and in the long form with each.
 @pytest.mark.slow
-@pytest.mark.parametrize(("ours", "theirs"), EINSUM_CONFIGS, ids=["uneven", "fully_quantized"])
-@pytest.mark.parametrize(("equation", "lhs", "rhs", "out"), EINSUMS, ids=lambda e: str(e))
-def test_flax_einsum(equation, lhs, rhs, out, ours, theirs):
+@pytest.mark.parametrize(
+    ("einsum", "name"),
+    [
+        pytest.param(einsum, name, marks=() if (i + j) % 2 else pytest.mark.long)
+        for i, einsum in enumerate(EINSUMS)
+        for j, name in enumerate(EINSUM_CONFIGS)
+    ],
+)
+def test_flax_einsum(einsum, name):
+    equation, *shapes = einsum
+    ours, theirs = EINSUM_CONFIGS[name]
     mine, other = AqtEinsum(ours()), aqtp_flax.AqtEinsum(theirs())
 
     def contraction(module):
         return lambda lhs, rhs, key: module.apply({}, equation, lhs, rhs, rngs={"params": key})
 
-    compare(contraction(mine), contraction(other), (lhs, rhs, out), np.float32, CASES)
+    compare(contraction(mine), contraction(other), shapes, np.float32, CASES)
 
 
 @pytest.mark.slow

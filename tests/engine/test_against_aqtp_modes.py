@@ -30,7 +30,7 @@ with warnings.catch_warnings():
 
 pytestmark = pytest.mark.slow
 
-CASES = 40  # of each pair
+CASES = 80  # of each pair
 MATMUL = ((5, 12), (12, 7), (((1,), (0,)), ((), ())))
 BATCHED = ((3, 4, 5, 6), (4, 5, 3, 2), (((2, 0), (1, 2)), ((1,), (0,))))
 OUTPUT = ("OUTPUT", "CONTRACTING_AXIS")
@@ -117,16 +117,30 @@ def their_modes(bits, lhs, rhs):
     return c
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name)
-@pytest.mark.parametrize("contraction", [MATMUL, BATCHED], ids=["matmul", "batched"])
+@pytest.mark.parametrize(
+    ("contraction", "dtype"),
+    [
+        pytest.param(MATMUL, np.float32, id="matmul-float32"),
+        pytest.param(BATCHED, ml_dtypes.bfloat16, id="batched-bfloat16"),
+        pytest.param(MATMUL, ml_dtypes.bfloat16, marks=pytest.mark.long, id="matmul-bfloat16"),
+        pytest.param(BATCHED, np.float32, marks=pytest.mark.long, id="batched-float32"),
+    ],
+)
 @pytest.mark.parametrize(("bits", "lhs", "rhs"), MODES)
 def test_dequantization_and_calibration_modes(bits, lhs, rhs, contraction, dtype):
     ours = DotGeneral(fwd=DotGeneralRaw(lhs=side(bits[0], lhs), rhs=side(bits[1], rhs)))
     assert_same(ours, their_modes(bits, lhs, rhs), contraction, dtype)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name)
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [
+        pytest.param(8, np.float32, id="8-float32"),
+        pytest.param(4, ml_dtypes.bfloat16, id="4-bfloat16"),
+        pytest.param(8, ml_dtypes.bfloat16, marks=pytest.mark.long, id="8-bfloat16"),
+        pytest.param(4, np.float32, marks=pytest.mark.long, id="4-float32"),
+    ],
+)
 @pytest.mark.parametrize("name", CALIBRATIONS)
 def test_calibrations(name, bits, dtype):
     calibration, (their_name, arguments) = CALIBRATIONS[name]

@@ -41,8 +41,9 @@ with warnings.catch_warnings():
     import aqt.jax.v2.stochastic_rounding as aqtp_noise
     import aqt.jax.v2.tiled_dot_general as aqtp_tiled
 
-WIDE, NARROW = 16, 8  # configurations of float32, and of 16 bits
-CASES = 80  # of each
+WIDE, NARROW = 32, 16  # configurations of float32, and of 16 bits
+SHORT_WIDE, SHORT_NARROW = 14, 5  # those of them that are not for the long form alone
+CASES = 120  # of each
 
 
 def integers(bits, preserve_zero=True, preserve_max_val=False, clip_gradient=False, noise=None):
@@ -298,20 +299,22 @@ def _values(choice):
     return [(name, getattr(choice, name)) for name in CHOICES]
 
 
-SPACE = drawn(WIDE, CHOICES) + drawn(NARROW, NARROW_CHOICES)
+SPACE = drawn(WIDE, CHOICES), drawn(NARROW, NARROW_CHOICES)
+SHORT = SPACE[0][:SHORT_WIDE] + SPACE[1][:SHORT_NARROW]
+LONG = SPACE[0][SHORT_WIDE:] + SPACE[1][SHORT_NARROW:]
 
 
 def test_every_value_of_every_choice_is_drawn():
-    seen = {item for choice in SPACE for item in _values(choice)}
+    seen = {item for choice in SHORT for item in _values(choice)}
     for choices in (CHOICES, NARROW_CHOICES):
         assert seen >= {(name, value) for name, values in choices.items() for value in values}
-    count = (len(SPACE) + 2 * len(TILED)) * CASES
-    print(f"{count} cases, of {len(SPACE)} configurations and {2 * len(TILED)} tilings")
-    assert count >= 2000
+    assert (len(SHORT) + len(TILED)) * CASES >= 2400
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choice", SPACE, ids=str)
+@pytest.mark.parametrize(
+    "choice", [*SHORT, *(pytest.param(choice, marks=pytest.mark.long) for choice in LONG)], ids=str
+)
 def test_a_configuration(choice):
     lhs, rhs, numbers = CONTRACTIONS[choice.contraction]
     ours, theirs = choice.ours(), choice.theirs()
@@ -334,8 +337,18 @@ TILED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name)
-@pytest.mark.parametrize("contraction", TILED)
+@pytest.mark.parametrize(
+    ("contraction", "dtype"),
+    [
+        pytest.param("matmul", np.float32),
+        pytest.param("batch", ml_dtypes.bfloat16),
+        pytest.param("two", np.float32),
+        pytest.param("matmul", ml_dtypes.bfloat16, marks=pytest.mark.long),
+        pytest.param("batch", np.float32, marks=pytest.mark.long),
+        pytest.param("two", ml_dtypes.bfloat16, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
 def test_tiles(contraction, dtype):
     lhs, rhs, numbers = CONTRACTIONS[contraction]
     (contracted, others), _ = numbers

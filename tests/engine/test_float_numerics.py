@@ -46,7 +46,8 @@ EVERY_FLOAT16 = every_number(np.float16)
 FP4 = ["e0m3", "e0m3_ocp", "e1m2", "e1m2_ocp", "e2m1", "e2m1_ocp", "e3m0", "e3m0_ocp"]
 FP5 = ["e0m4_ocp", "e1m3_ocp", "e2m2_ocp", "e3m1_ocp", "e4m0_ocp"]
 FP6 = ["e0m5_ocp", "e1m4_ocp", "e2m3_ocp", "e3m2_ocp", "e4m1_ocp", "e5m0_ocp"]
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("e1m0", *FP5, *FP6)]
+SHORT = (*FP4, "e1m0", "e2m2_ocp", "e3m2_ocp")
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in (*FP5, *FP6) if name not in SHORT]
 
 HARDWARE = {
     "float4_e2m1fn": FloatNumerics(2, 1),
@@ -172,7 +173,7 @@ def test_values_can_be_stored_in_the_dtype_that_has_them(name):
 
 
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("name", [*FP4, *SLOW])
+@pytest.mark.parametrize("name", [*SHORT, *LONG])
 def test_aqt_formats_have_aqtps_bits(name, stochastic):
     theirs = fp_numerics.FpNumerics(cfg=getattr(fp_numerics, name), stochastic_rounding=stochastic)
     ours = aqt_float(name, stochastic_rounding=stochastic)
