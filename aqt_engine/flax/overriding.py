@@ -11,20 +11,13 @@ import jax.numpy as jnp
 from aqt_engine.config import DotGeneral
 from aqt_engine.convertible import ModelFactory
 from aqt_engine.flax.conv import AqtConvGeneralDilated
+from aqt_engine.flax.layers import ATTENTION_OPS
 from aqt_engine.flax.linen import AqtDotGeneral, AqtEinsum
 from aqt_engine.modes import QuantMode
 from aqt_engine.rules import Contraction, Report, Rules
 
 # As rules name them. A contraction that injection has placed is named after its op.
-_OPS = (
-    "dot_general",
-    "einsum",
-    "conv_general_dilated",
-    "attend",
-    "qk_attn_weights_einsum",
-    "attn_weights_value_einsum",
-)
-
+_OPS = ("dot_general", "einsum", "conv_general_dilated", "attend", *ATTENTION_OPS)
 
 # What a module is called that was made before it came to share its wrapper's scope: its path keeps
 # the name, though its variables do not.

@@ -32,6 +32,7 @@ from aqt_engine.ops.operand import (
     Operand,
     as_forward_quantized,
     quantize,
+    quantize_forward,
     refuse_gradient,
     require_float,
     require_taken_out,
@@ -320,18 +321,18 @@ def _quantize_forward(
     if isinstance(x, QTensor):
         q = x
     else:
-        q, gradient = quantize(tensor, x, contracting, (), key, scale)
+        q, gradient = quantize_forward(tensor, x, contracting, (), key, scale)
     if tensor.dequantized_at is not DequantMode.THIS_INPUT:
         require_taken_out(side, q, contracting)
     return q, gradient
 
 
 def _quantize_left(tensor: "Tensor", x: jax.Array, key: Key) -> QTensor:
-    return quantize(tensor, x, _left_contracting(x.ndim), (x.ndim - 2,), key, None)[0]
+    return quantize(tensor, x, _left_contracting(x.ndim), (x.ndim - 2,), key)[0]
 
 
 def _quantize_right(tensor: "Tensor", x: jax.Array, key: Key) -> QTensor:
-    return quantize(tensor, x, _right_contracting(x.ndim), (x.ndim - 2,), key, None)[0]
+    return quantize(tensor, x, _right_contracting(x.ndim), (x.ndim - 2,), key)[0]
 
 
 def _as_it_is(scale: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ Training, as in Abdolrashidi et al., arXiv:2105.03536.
 """
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -28,6 +29,7 @@ from aqt_engine.ops.operand import (
     Operand,
     as_forward_quantized,
     quantize,
+    quantize_forward,
     refuse_gradient,
     require_float,
 )
@@ -107,7 +109,7 @@ def quantize_lhs(
     axes = DotAxes.parse(dimension_numbers, x.ndim, rhs_ndim)
     split = _shards(config.fwd, x, axes.lhs_contracting)
     x, contracting, batch = _sharded(split, x, axes.lhs_contracting, axes.lhs_batch)
-    return quantize(config.fwd.lhs, x, contracting, batch, None, scale)[0]
+    return quantize_forward(config.fwd.lhs, x, contracting, batch, None, scale)[0]
 
 
 def quantize_rhs(
@@ -122,7 +124,7 @@ def quantize_rhs(
     axes = DotAxes.parse(dimension_numbers, lhs_ndim, x.ndim)
     split = _shards(config.fwd, x, axes.rhs_contracting)
     x, contracting, batch = _sharded(split, x, axes.rhs_contracting, axes.rhs_batch)
-    return quantize(config.fwd.rhs, x, contracting, batch, None, scale)[0]
+    return quantize_forward(config.fwd.rhs, x, contracting, batch, None, scale)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -134,14 +136,14 @@ def _contract_stored(
     rhs: Operand,
     given: Given,
 ) -> jax.Array:
-    raw = config.fwd
+    raw, quantized = config.fwd, _quantizing(given)
     lhs_key, rhs_key = split_key(split_key(given.key, 3)[0], 2)
     if not isinstance(lhs, QTensor):
         sides = (axes.lhs_contracting, axes.lhs_batch)
-        lhs = quantize(raw.lhs, lhs, *sides, lhs_key, given.lhs_scale, tiled=given.tiled)[0]
+        lhs = quantized(raw.lhs, lhs, *sides, lhs_key, given.lhs_scale)[0]
     if not isinstance(rhs, QTensor):
         sides = (axes.rhs_contracting, axes.rhs_batch)
-        rhs = quantize(raw.rhs, rhs, *sides, rhs_key, given.rhs_scale, tiled=given.tiled)[0]
+        rhs = quantized(raw.rhs, rhs, *sides, rhs_key, given.rhs_scale)[0]
     return contract(raw, lhs, rhs, axes, precision).astype(lhs.dtype)
 
 
@@ -164,6 +166,11 @@ def _dot_general(
     return _forward(config, axes, precision, lhs, rhs, given)[0]
 
 
+def _quantizing(given: Given) -> Callable[..., tuple[QTensor, Gradient]]:
+    # AQT compiles a float sum over tiles together with the scales.
+    return quantize if given.tiled else quantize_forward
+
+
 # What the backward contraction for the *other* side needs of an operand, and its own gradient.
 _Residual = tuple[jax.Array | QTensor, Gradient]
 
@@ -176,16 +183,13 @@ def _forward(
     rhs: jax.Array,
     given: Given,
 ) -> tuple[jax.Array, tuple[_Residual, _Residual, Key, Key]]:
+    quantized = _quantizing(given)
     fwd_key, dlhs_key, drhs_key = split_key(given.key, 3)
     lhs_key, rhs_key = split_key(fwd_key, 2)
     sides = (axes.lhs_contracting, axes.lhs_batch)
-    lhs_q, lhs_gradient = quantize(
-        config.fwd.lhs, lhs, *sides, lhs_key, given.lhs_scale, tiled=given.tiled
-    )
+    lhs_q, lhs_gradient = quantized(config.fwd.lhs, lhs, *sides, lhs_key, given.lhs_scale)
     sides = (axes.rhs_contracting, axes.rhs_batch)
-    rhs_q, rhs_gradient = quantize(
-        config.fwd.rhs, rhs, *sides, rhs_key, given.rhs_scale, tiled=given.tiled
-    )
+    rhs_q, rhs_gradient = quantized(config.fwd.rhs, rhs, *sides, rhs_key, given.rhs_scale)
     out = contract(config.fwd, lhs_q, rhs_q, axes, precision)
     lhs_kept = lhs_q if config.drhs.rhs.use_fwd_quant else lhs
     rhs_kept = rhs_q if config.dlhs.rhs.use_fwd_quant else rhs
@@ -231,8 +235,8 @@ def _quantize_and_contract(
 ) -> jax.Array:
     lhs_key, rhs_key = split_key(key, 2)
     lhs, rhs, axes = _shard_contraction(raw, lhs, rhs, axes)
-    lhs_q, _ = quantize(raw.lhs, lhs, axes.lhs_contracting, axes.lhs_batch, lhs_key, None)
-    rhs_q, _ = quantize(raw.rhs, rhs, axes.rhs_contracting, axes.rhs_batch, rhs_key, None)
+    lhs_q, _ = quantize(raw.lhs, lhs, axes.lhs_contracting, axes.lhs_batch, lhs_key)
+    rhs_q, _ = quantize(raw.rhs, rhs, axes.rhs_contracting, axes.rhs_batch, rhs_key)
     out = contract(raw, lhs_q, rhs_q, axes, precision).astype(
         jnp.promote_types(lhs.dtype, rhs.dtype)
     )

@@ -96,17 +96,25 @@ def einsum(
     lhs: Operand,
     rhs: Operand,
     *,
-    config: "DotGeneral",
+    config: "DotGeneral | None",
     context: Context = Context(),
 ) -> jax.Array:
-    """`jax.numpy.einsum` of two operands, quantized by `config`.
+    """`jax.numpy.einsum` of two operands, quantized by `config`; None is `jax.numpy.einsum` itself.
 
     Either operand may be a `QTensor`. Scales are shared along the letters that are contracted.
     Everything else is as in `aqt_engine.ops.dot_general`.
 
     Raises:
+      TypeError: `config` is None, and an operand is a `QTensor`.
       ValueError: the equation is not one of two operands, or does not fit them.
     """
+    if config is None:
+        if isinstance(lhs, QTensor) or isinstance(rhs, QTensor):
+            raise TypeError(
+                "a QTensor is contracted by a configuration, and `config` is None: give the one "
+                "that quantized it, or dequantize it first"
+            )
+        return jnp.einsum(equation, lhs, rhs)
     p = plan(equation, lhs.ndim, rhs.ndim)
     oriented = config.swapped() if p.swap else config
     return contract(p, lhs, rhs, functools.partial(oriented, context=context))

@@ -97,22 +97,29 @@ def quantize(
     contracting: Axes,
     batch: Axes,
     key: Key,
-    scale: Scale | None,
-    *,
-    tiled: bool = False,
+    scale: Scale | None = None,
 ) -> tuple[QTensor, Gradient]:
-    """`x` quantized, with `scale` if it is given, and its gradient.
-
-    What follows is compiled as behind a scale that is stored. Not so if `tiled`, as a float sum
-    over tiles follows, which AQT compiles with the scales, and a constant is one anywhere.
-    """
+    """`x` quantized, with `scale` if it is given, and its gradient."""
     quantizer = tensor.quantizer(key)
     if scale is not None and tensor.is_quantized:
-        q, gradient = quantizer.quant_with(jax.tree.map(lax.stop_gradient, scale), x)
-    else:
-        axes = tensor.shared_by(x.ndim, contracting, batch)
-        q, gradient = quantizer.quant(x, calibration_axes=axes)
-    if q.scale is None or tiled or isinstance(tensor.calibration, ConstantCalibration):
+        return quantizer.quant_with(jax.tree.map(lax.stop_gradient, scale), x)
+    return quantizer.quant(x, calibration_axes=tensor.shared_by(x.ndim, contracting, batch))
+
+
+def quantize_forward(
+    tensor: "Tensor",
+    x: jax.Array,
+    contracting: Axes,
+    batch: Axes,
+    key: Key,
+    scale: Scale | None = None,
+) -> tuple[QTensor, Gradient]:
+    """As `quantize`, and what follows is compiled as behind a scale that is stored.
+
+    For what is served, and so not for a backward pass. A constant is one wherever it stands.
+    """
+    q, gradient = quantize(tensor, x, contracting, batch, key, scale)
+    if q.scale is None or isinstance(tensor.calibration, ConstantCalibration):
         return q, gradient
     return dataclasses.replace(q, scale=materialized(q.scale)), gradient
 

@@ -31,6 +31,7 @@ from aqt_engine.ops.operand import (
     Operand,
     as_forward_quantized,
     quantize,
+    quantize_forward,
     refuse_gradient,
     require_float,
     require_shared,
@@ -89,7 +90,7 @@ def ragged_dot(
 
 def quantize_rhs(x: jax.Array, *, config: "DotGeneral") -> QTensor:
     """`x` as the forward pass quantizes its right side: what is stored."""
-    return quantize(config.fwd.rhs, x, (1,), (0,), None, None)[0]
+    return quantize_forward(config.fwd.rhs, x, (1,), (0,), None)[0]
 
 
 def _check_shapes(lhs: Operand, rhs: Operand, group_sizes: jax.Array) -> None:
@@ -218,8 +219,8 @@ def _backward(
     groups = _Groups.of(group_sizes, g.shape[0])
     g_key, rhs_key = split_key(dlhs_key, 2)
     g_scaled, other = as_forward_quantized(g, rhs, (1,), functools.partial(groups.by_row, summed=1))
-    g_q, _ = quantize(config.dlhs.lhs, g_scaled, (1,), (), g_key, None)
-    rhs_q, _ = quantize(config.dlhs.rhs, other, (2,), (0,), rhs_key, None)
+    g_q, _ = quantize(config.dlhs.lhs, g_scaled, (1,), (), g_key)
+    rhs_q, _ = quantize(config.dlhs.rhs, other, (2,), (0,), rhs_key)
     dlhs = _sum_by_row(config.dlhs, g_q, rhs_q, 2, groups, precision)
     g_scaled, other = as_forward_quantized(g, lhs, (1,), lambda scale: scale)
     drhs = _sum_by_group(config.drhs, g_scaled, other, groups, precision, drhs_key)
@@ -351,7 +352,9 @@ def _forward_quantized(
     tensor: "Tensor", x: Operand, batch: Axes, key: Key, scale: Scale | None
 ) -> tuple[QTensor, Gradient | None]:
     """An operand that is summed over its axis 1; what is a `QTensor` already has no gradient."""
-    return (x, None) if isinstance(x, QTensor) else quantize(tensor, x, (1,), batch, key, scale)
+    if isinstance(x, QTensor):
+        return x, None
+    return quantize_forward(tensor, x, (1,), batch, key, scale)
 
 
 def _quantized_by_group(

@@ -17,7 +17,7 @@ from aqt_engine.context import Context
 from aqt_engine.ops.axes import DimensionNumbers
 from aqt_engine.ops.dot_general import dot_general
 from aqt_engine.ops.einsum import contract, plan
-from aqt_engine.ops.operand import Operand, quantize
+from aqt_engine.ops.operand import Operand, quantize_forward
 from aqt_engine.ops.tiling import TiledContraction, Tiling
 from aqt_engine.qtensor import QTensor, Scale
 
@@ -110,7 +110,7 @@ def quantize_lhs(
     """`x` in tiles, as the forward pass quantizes its left side: what is stored."""
     tiled = _tiled(config, tiling, x, rhs, dimension_numbers)
     kinds = tiled.lhs.kinds(tiled.axes.lhs_contracting, tiled.axes.lhs_batch)
-    return quantize(config.fwd.lhs, tiled.lhs.split(x), *kinds, None, None)[0]
+    return quantize_forward(config.fwd.lhs, tiled.lhs.split(x), *kinds, None)[0]
 
 
 def quantize_rhs(
@@ -124,7 +124,7 @@ def quantize_rhs(
     """`x` in tiles, as the forward pass quantizes its right side: what is stored."""
     tiled = _tiled(config, tiling, lhs, x, dimension_numbers)
     kinds = tiled.rhs.kinds(tiled.axes.rhs_contracting, tiled.axes.rhs_batch)
-    return quantize(config.fwd.rhs, tiled.rhs.split(x), *kinds, None, None)[0]
+    return quantize_forward(config.fwd.rhs, tiled.rhs.split(x), *kinds, None)[0]
 
 
 def _tiled(

@@ -149,6 +149,14 @@ def test_a_stored_operand_gives_the_same_bits():
         einsum("ab,bc->a", a, stored, config=c)
 
 
+def test_without_a_configuration_it_is_the_einsum_of_numpy():
+    a, b = operands((3, 4), (4, 5))
+    assert_same_bits(einsum("ab,bc->ca", a, b, config=None), jnp.einsum("ab,bc->ca", a, b))
+    stored, _ = config.config_v4(8, None, None).fwd.rhs.quantizer(None).quant(b, 0)
+    with pytest.raises(TypeError, match="`config` is None"):
+        einsum("ab,bc->ac", a, stored, config=None)
+
+
 @pytest.mark.parametrize(
     ("equation", "message"),
     [
