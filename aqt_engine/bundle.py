@@ -119,6 +119,7 @@ def write(
     tools: Mapping[str, str],
     witness: Witness | Mapping[LengthBucket, Witness],
     batched: Mapping[LengthBucket, export.Exported] = _NONE,
+    not_batched: str | None = None,
     lengths: Mapping[str, tuple[int, ...]] = _NONE,
     pads: Mapping[str, float] = _NONE,
     per_request: tuple[str, ...] = (),
@@ -131,10 +132,11 @@ def write(
 
     `graph` takes the flat list of `weights`, in their order, then the flat list of inputs, each of
     `tile` rows, and returns the flat list of outputs; graphs in `batched` do so with any number of
-    rows. With `lengths`, the sizes of each symbolic dimension, `graph` and `witness` are one for
-    each length bucket. `quantized` says by which configuration tensors of the weights were made, by
-    the names of their parts without `/qvalue` or `/scale`. `check` is given the bundle as a reader
-    will load it, before it becomes visible; what it raises leaves nothing behind.
+    rows, and `not_batched` says why there are none. With `lengths`, the sizes of each symbolic
+    dimension, `graph` and `witness` are one for each length bucket. `quantized` says by which
+    configuration tensors of the weights were made, by the names of their parts without `/qvalue` or
+    `/scale`. `check` is given the bundle as a reader will load it, before it becomes visible; what
+    it raises leaves nothing behind.
 
     Raises:
       FileExistsError: something already stands at `path`; a version is never overwritten.
@@ -173,6 +175,7 @@ def write(
             tile=tile,
             tile_costs={str(rows): cost for rows, cost in tile_costs.items()},
             portable=portable,
+            not_batched=not_batched,
             weights=tuple(
                 WeightSpec(name=k, dtype=v.dtype.name, shape=v.shape, role=roles[k])
                 for k, v in weights.items()

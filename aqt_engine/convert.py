@@ -130,6 +130,7 @@ def convert(
         path,
         graph=made.at_tile,
         batched=made.batched,
+        not_batched=made.not_batched,
         inputs=specs,
         outputs=outputs,
         lengths={name: tuple(sizes) for name, sizes in signature.lengths.items()},

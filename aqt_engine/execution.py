@@ -64,9 +64,11 @@ class Program:
         self.buckets = tile_buckets(max_rows, bundle.manifest.tile)
         self._graphs = bundle.graphs if mode is Mode.EXACT else bundle.batched
         if not self._graphs:
+            why = bundle.manifest.not_batched
             raise BundleError(
                 "this bundle has no graph for any number of rows, which mode fast needs: its model "
-                "cannot be traced so; serve it in mode exact, or convert again"
+                f"cannot be traced so{f' ({why})' if why else ''}; serve it in mode exact, or let "
+                "the model read its number of rows from a shape and convert again"
             )
         self._weights = [jax.device_put(w) for w in bundle.weights]
         self._executables: dict[tuple[LengthBucket, int], Callable[..., Sequence[jax.Array]]] = {}

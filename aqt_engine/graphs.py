@@ -21,11 +21,13 @@ NamedForward = Callable[[Any, Inputs], dict[str, jax.Array]]
 class Graphs:
     """The graphs at the tile and, if the model allows it, at any number of rows, by length bucket.
 
-    They take the values of `weights`, which are the leaves that one of them reads.
+    They take the values of `weights`, which are the leaves that one of them reads. `not_batched`
+    says why there are none for any number of rows; None where there are.
     """
 
     at_tile: Mapping[LengthBucket, export.Exported]
     batched: Mapping[LengthBucket, export.Exported]
+    not_batched: str | None
     weights: Sequence[Leaf]
 
 
@@ -68,19 +70,22 @@ def exported(serving: Serving, inputs: Mapping[LengthBucket, Structs]) -> Graphs
         if i in everything
     }
     kept = sorted(read)
+    batched, not_batched = _batched(serving, kept, inputs)
     return Graphs(
         at_tile={bucket: _graph(serving, kept, structs) for bucket, structs in inputs.items()},
-        batched=_batched(serving, kept, inputs),
+        batched=batched,
+        not_batched=not_batched,
         weights=[leaves[i] for i in kept],
     )
 
 
 def _batched(
     serving: Serving, kept: Sequence[int], inputs: Mapping[LengthBucket, Structs]
-) -> dict[LengthBucket, export.Exported]:
+) -> tuple[dict[LengthBucket, export.Exported], str | None]:
+    """The graphs for any number of rows, or why there are none."""
     (rows,) = export.symbolic_shape("rows")
     try:
-        return {
+        graphs = {
             bucket: _graph(
                 serving,
                 kept,
@@ -91,9 +96,12 @@ def _batched(
             )
             for bucket, structs in inputs.items()
         }
-    except Exception:
-        # A model that asks for its number of rows as a number: it cannot be served in mode fast.
-        return {}
+    except Exception as error:
+        # Whatever a model's own code does with a number of rows that is a symbol. It is served in
+        # mode exact all the same.
+        first, *_ = [*str(error).splitlines(), ""]
+        return {}, f"{type(error).__name__}: {first}"
+    return graphs, None
 
 
 def _graph(serving: Serving, kept: Sequence[int], inputs: Structs) -> export.Exported:

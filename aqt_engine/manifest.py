@@ -150,7 +150,8 @@ class Manifest:
     With `portable`, the operations were found to give the same bits on every platform. `weights`
     stand in the order of the graphs' arguments; `inputs` follow them. `float_nbytes` is the size of
     the weights before conversion. `provenance` has the configurations that the weights were
-    quantized by.
+    quantized by. `not_batched` says why there is no graph for any number of rows, where there is
+    none and the bundle knows.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -169,6 +170,7 @@ class Manifest:
     platforms: tuple[str, ...]
     tools: Mapping[str, str]
     files: Mapping[str, FileDigest]
+    not_batched: str | None = None
 
     @property
     def nbytes(self) -> int:

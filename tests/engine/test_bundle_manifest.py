@@ -170,7 +170,7 @@ def keeps_the_form(*where, value):
             return value == []
         case ["tools"]:
             return value == {}
-        case ["platforms", _] | ["tools", _]:
+        case ["not_batched"] | ["platforms", _] | ["tools", _]:
             return value in ("x", "missing")
     return False
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax import export, lax
 
-from aqt_engine import bundle
+from aqt_engine import bundle, graphs
+from aqt_engine.convertible import Leaf, Serving
 from aqt_engine.execution import Mode, Program, tile_buckets
 from engine.contractions import assert_same_bits
 
@@ -296,3 +297,16 @@ def test_mode_fast_computes_the_whole_batch_at_once(tmp_path):
 def test_mode_fast_needs_a_graph_for_any_number_of_rows(loaded):
     with pytest.raises(bundle.BundleError, match="no graph for any number of rows"):
         Program(loaded, max_rows=TILE, mode=Mode.FAST)
+
+
+def test_why_there_is_no_graph_for_any_number_of_rows_is_told(loaded):
+    counting = Serving(
+        leaves=[Leaf(name="w", value=jnp.ones(1), role="float")],
+        forward=lambda weights, inputs: inputs["x"] * weights[0] * len(inputs["x"]),
+    )
+    made = graphs.exported(counting, {(): {"x": jax.ShapeDtypeStruct((TILE, 1), np.float32)}})
+    assert made.at_tile
+    assert not made.batched
+    told = dataclasses.replace(loaded.manifest, not_batched=made.not_batched)
+    with pytest.raises(bundle.BundleError, match=r"cannot be traced so \(\w+Error: .*rows"):
+        Program(dataclasses.replace(loaded, manifest=told), max_rows=TILE, mode=Mode.FAST)
