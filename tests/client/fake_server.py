@@ -22,16 +22,18 @@ class Call:
     rpc: str
     request: object
     remaining_s: float
+    metadata: dict
 
 
 class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
-    """`script` says what happens to the next calls: HANG or (status code, sentence)."""
+    """`script` says what happens to the next calls: HANG, or (status code, sentence, *metadata)."""
 
     def __init__(self, *, port=0, max_request_nbytes=-1, credentials=None):
         self.calls = []
         self.script = collections.deque()
         self.abandoned = threading.Event()
         self.model = pb.ModelMetadataResponse(name="identity", versions=["1", "3"])
+        self.index = pb.RepositoryIndexResponse()
         self.answer = identity
         self._pool = futures.ThreadPoolExecutor(4)
         # Only a port that a test has reserved is shared: a free one must not be anyone else's.
@@ -64,7 +66,9 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
         self._pool.shutdown()
 
     def _step(self, rpc, request, context, response):
-        self.calls.append(Call(rpc, request, context.time_remaining()))
+        self.calls.append(
+            Call(rpc, request, context.time_remaining(), dict(context.invocation_metadata()))
+        )
         step = self.script.popleft() if self.script else None
         if step is HANG:
             gone = threading.Event()
@@ -72,7 +76,9 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
                 gone.wait(BOUND_S)
             self.abandoned.set()
         elif step is not None:
-            context.abort(*step)
+            code, sentence, *told = step
+            context.set_trailing_metadata(told)
+            context.abort(code, sentence)
         return response
 
     def ServerLive(self, request, context):
@@ -91,6 +97,9 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
 
     def ModelMetadata(self, request, context):
         return self._step("ModelMetadata", request, context, self.model)
+
+    def RepositoryIndex(self, request, context):
+        return self._step("RepositoryIndex", request, context, self.index)
 
     def ModelInfer(self, request, context):
         return self._step("ModelInfer", request, context, self.answer(request))

@@ -82,6 +82,33 @@ def test_health_and_metadata(server, connect):
 
 
 @BOTH
+def test_a_version_that_is_not_ready_is_loading_or_was_refused(server, connect):
+    told = [("identity", "1", "UNAVAILABLE", "it is damaged"), ("identity", "2", "LOADING", "")]
+    for name, version, state, reason in (*told, ("other", "1", "READY", "")):
+        server.index.models.add(name=name, version=version, state=state, reason=reason)
+    with connect(server.address) as client:
+        assert client.model_states("identity") == tuple(
+            aqt_client.ModelState(version=version, state=state, reason=reason)
+            for _, version, state, reason in told
+        )
+        assert client.model_states("unknown") == ()
+
+
+@BOTH
+def test_each_attempt_says_who_calls(server, connect):
+    made = iter(["first", "second"])
+    with connect(server.address, token=lambda: next(made)) as client:
+        server.script.append((grpc.StatusCode.UNAVAILABLE, "not yet"))
+        client.infer("identity", {"x": X})
+    with connect(server.address, token="fixed") as client:
+        client.is_live()
+    with connect(server.address) as client:
+        client.is_live()
+    told = [call.metadata.get("authorization") for call in server.calls]
+    assert told == ["Bearer first", "Bearer second", "Bearer fixed", None]
+
+
+@BOTH
 def test_an_answer_carries_what_the_server_says(server, connect):
     with connect(server.address) as client:
         result = client.infer(

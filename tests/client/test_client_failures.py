@@ -1,10 +1,12 @@
 """How calls of both clients fail, and which failures are repeated, against a fake server."""
 
 import pickle
+import time
 
 import grpc
 import numpy as np
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 
 import aqt_client
 from aqt_client import _calls
@@ -115,6 +117,37 @@ def test_a_wait_that_would_pass_the_deadline_is_not_begun(server, connect, monke
     assert len(server.calls) == 1
 
 
+def told_to_wait(seconds):
+    """An overload that says when to come again."""
+    info = error_details_pb2.RetryInfo()
+    info.retry_delay.FromMilliseconds(round(seconds * 1e3))
+    status = status_pb2.Status(code=OVERLOADED[0].value[0], message=OVERLOADED[1])
+    status.details.add().Pack(info)
+    return (*OVERLOADED, ("grpc-status-details-bin", status.SerializeToString()))
+
+
+@BOTH
+def test_it_comes_again_when_the_server_says(server, connect, monkeypatch):
+    monkeypatch.setattr("random.uniform", lambda low, high: 0.0)
+    server.script.append(told_to_wait(0.25))
+    with connect(server.address, timeout_s=BOUND_S, retry=QUICK) as client:
+        began = time.monotonic()
+        assert client.infer("identity", {"x": X}).exact
+        assert time.monotonic() - began >= 0.25
+        # Not where the answer would come too late.
+        server.script.append(told_to_wait(2 * BOUND_S))
+        with pytest.raises(aqt_client.Overloaded, match="the queue is full") as caught:
+            client.infer("identity", {"x": X})
+        assert caught.value.retry_s == 2 * BOUND_S
+    assert len(server.calls) == 3
+
+
+def test_details_that_make_no_sense_are_no_wait(server):
+    server.script.append((*OVERLOADED, ("grpc-status-details-bin", b"\xff\xff")))
+    with aqt_client.Client(server.address, retry=QUICK) as client:
+        assert client.infer("identity", {"x": X}).exact
+
+
 @pytest.mark.parametrize("timeout_s", [0, -1.0, float("nan")])
 @BOTH
 def test_a_timeout_is_positive(server, connect, timeout_s):
@@ -133,20 +166,22 @@ def test_a_retry_policy_is_checked(field):
 
 
 def test_the_backoff_grows_to_its_maximum(monkeypatch):
-    monkeypatch.setattr("random.uniform", lambda low, high: (low, high))
+    monkeypatch.setattr("random.uniform", lambda low, high: high)
     policy = aqt_client.RetryPolicy(initial_backoff_s=0.5, max_backoff_s=3.0)
     wait = _calls.retry_arguments(policy, _calls.Deadline(1.0))["wait"]
 
     class State:
         attempt_number = 0
+        outcome = None
 
     waits = []
     for State.attempt_number in range(1, 6):
         waits.append(wait(State))
-    assert waits == [(0, 0.5), (0, 1.0), (0, 2.0), (0, 3.0), (0, 3.0)]
+    assert waits == [0.5, 1.0, 2.0, 3.0, 3.0]
 
 
 def test_an_error_survives_pickling():
-    error = aqt_client.NotFound("no model 'm'", code=grpc.StatusCode.NOT_FOUND)
+    error = aqt_client.NotFound("no model 'm'", code=grpc.StatusCode.NOT_FOUND, retry_s=1.5)
     found = pickle.loads(pickle.dumps(error))
-    assert (type(found), str(found), found.code) == (type(error), str(error), error.code)
+    assert (type(found), str(found)) == (type(error), str(error))
+    assert (found.code, found.retry_s) == (error.code, error.retry_s)

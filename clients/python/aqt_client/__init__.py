@@ -20,6 +20,7 @@ from aqt_client._errors import ServerError as ServerError
 from aqt_client._errors import Unavailable as Unavailable
 from aqt_client._results import InferResult as InferResult
 from aqt_client._results import ModelMetadata as ModelMetadata
+from aqt_client._results import ModelState as ModelState
 from aqt_client._results import ServerMetadata as ServerMetadata
 from aqt_client._results import TensorMetadata as TensorMetadata
 from aqt_client._sync import Client as Client
@@ -34,6 +35,7 @@ __all__ = [
     "InvalidRequest",
     "MessageTooLarge",
     "ModelMetadata",
+    "ModelState",
     "NotFound",
     "Overloaded",
     "RetryPolicy",

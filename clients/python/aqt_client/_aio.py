@@ -11,8 +11,9 @@ from grpc import aio
 from numpy.typing import ArrayLike
 
 from aqt_client import _codec
-from aqt_client._calls import CHANNEL_OPTIONS, Deadline, RetryPolicy, retry_arguments
-from aqt_client._results import InferResult, ModelMetadata, ServerMetadata
+from aqt_client._calls import Deadline, RetryPolicy, retry_arguments
+from aqt_client._connection import Address, Token, channel_arguments, metadata
+from aqt_client._results import InferResult, ModelMetadata, ModelState, ServerMetadata
 from aqt_protos import open_inference_pb2 as pb
 from aqt_protos import open_inference_pb2_grpc as pb_grpc
 
@@ -29,10 +30,11 @@ class AsyncClient:
 
     def __init__(
         self,
-        address: str,
+        address: Address,
         *,
         timeout_s: float = 30.0,
         credentials: grpc.ChannelCredentials | None = None,
+        token: Token | None = None,
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen, so sharing it is safe
     ):
         try:
@@ -44,10 +46,12 @@ class AsyncClient:
             ) from None
         self._timeout_s = timeout_s
         self._retry = retry
+        self._token = token
+        target, options = channel_arguments(address)
         self._channel = (
-            aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            aio.insecure_channel(target, options=options)
             if credentials is None
-            else aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+            else aio.secure_channel(target, credentials, options=options)
         )
         self._stub: pb_grpc.GRPCInferenceServiceAsyncStub = pb_grpc.GRPCInferenceServiceStub(
             self._channel
@@ -80,6 +84,15 @@ class AsyncClient:
         """Whether the model takes inference requests. No version: the one that would answer."""
         request = pb.ModelReadyRequest(name=name, version=version)
         return (await self._call(self._stub.ModelReady, request)).ready
+
+    async def model_states(self, name: str) -> tuple[ModelState, ...]:
+        """Each version of the model, where it is in its life, and why: loading, refused, ready.
+
+        Empty where the server has none of that name.
+        """
+        request = pb.RepositoryIndexRequest()
+        response = await self._call(self._stub.RepositoryIndex, request)
+        return _codec.model_states(response, name)
 
     async def server_metadata(self) -> ServerMetadata:
         """What the server says of itself."""
@@ -121,7 +134,9 @@ class AsyncClient:
 
         async def attempt() -> Response:
             try:
-                return await method(request, timeout=deadline.remaining_s())
+                return await method(
+                    request, timeout=deadline.remaining_s(), metadata=metadata(self._token)
+                )
             except grpc.RpcError as error:
                 raise deadline.error(error) from error
 

@@ -27,14 +27,6 @@ gRPC's own limit of 4 MiB is one image batch. This one holds 64 Mi float32 value
 a wrong server from filling the memory.
 """
 
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_NBYTES),
-    # A server that restarts is back in a second or two, and gRPC would wait up to two minutes
-    # before it connects again, failing every attempt meanwhile.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
@@ -42,7 +34,8 @@ class RetryPolicy:
 
     Before attempt n+1 it waits a random time between 0 and `initial_backoff_s` * 2^(n-1), at most
     `max_backoff_s`: random, so that many clients do not come back at the same moment. Where the
-    wait would pass the call's deadline, the call fails at once. `max_attempts=1` never repeats.
+    server says when to come again, that time comes before it. Where the wait would pass the call's
+    deadline, the call fails at once. `max_attempts=1` never repeats.
     """
 
     max_attempts: int = 5
@@ -86,10 +79,19 @@ def retry_arguments(policy: RetryPolicy, deadline: Deadline) -> dict[str, Any]:
     """Arguments of `tenacity.Retrying`, and of `AsyncRetrying`, for one call."""
     return {
         "retry": tenacity.retry_if_exception_type((Unavailable, Overloaded)),
-        "wait": tenacity.wait_random_exponential(
+        "wait": _Told()
+        + tenacity.wait_random_exponential(
             multiplier=policy.initial_backoff_s, max=policy.max_backoff_s
         ),
         "stop": tenacity.stop_after_attempt(policy.max_attempts)
         | tenacity.stop_before_delay(deadline.timeout_s),
         "reraise": True,
     }
+
+
+class _Told(tenacity.wait.wait_base):
+    """What the server said to wait, if it did."""
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> float:
+        failed = retry_state.outcome.exception() if retry_state.outcome else None
+        return failed.retry_s if isinstance(failed, ClientError) else 0.0

@@ -8,7 +8,13 @@ from numpy.typing import ArrayLike
 
 from aqt_client._calls import MAX_MESSAGE_NBYTES
 from aqt_client._errors import ServerError
-from aqt_client._results import InferResult, ModelMetadata, ServerMetadata, TensorMetadata
+from aqt_client._results import (
+    InferResult,
+    ModelMetadata,
+    ModelState,
+    ServerMetadata,
+    TensorMetadata,
+)
 from aqt_protos import open_inference_pb2 as pb
 from aqt_protos import tensors
 
@@ -96,6 +102,15 @@ def model_metadata(response: pb.ModelMetadataResponse) -> ModelMetadata:
         platform=response.platform,
         inputs=tuple(_tensor_metadata(t) for t in response.inputs),
         outputs=tuple(_tensor_metadata(t) for t in response.outputs),
+    )
+
+
+def model_states(response: pb.RepositoryIndexResponse, name: str) -> tuple[ModelState, ...]:
+    """What a response says of the versions of the model `name`."""
+    return tuple(
+        ModelState(version=m.version, state=m.state, reason=m.reason)
+        for m in response.models
+        if m.name == name
     )
 
 

@@ -18,20 +18,24 @@ plain ClientError.
 from typing import cast
 
 import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
 
 
 class ClientError(Exception):
     """A call failed; the text is the server's sentence.
 
-    `code` is the gRPC status of the last attempt.
+    `code` is the gRPC status of the last attempt, and `retry_s` after how many seconds the server
+    would have it repeated, 0 where it does not say.
     """
 
-    def __init__(self, message: str, *, code: grpc.StatusCode):
+    def __init__(self, message: str, *, code: grpc.StatusCode, retry_s: float = 0.0):
         super().__init__(message)
         self.code = code
+        self.retry_s = retry_s
 
     def __reduce__(self):  # an exception is otherwise rebuilt without its keyword arguments
-        return _rebuild, (type(self), str(self), self.code)
+        return _rebuild, (type(self), str(self), self.code, self.retry_s)
 
 
 class InvalidRequest(ClientError, ValueError):
@@ -90,8 +94,25 @@ def from_rpc(error: grpc.RpcError, *, timeout_s: float) -> ClientError:
     # gRPC gives it the code of an overloaded server; only the text tells that to repeat is vain.
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "message larger than max" in message:
         return MessageTooLarge(message, code=code)
-    return _BY_CODE.get(code, ServerError)(message, code=code)
+    return _BY_CODE.get(code, ServerError)(message, code=code, retry_s=_retry_s(call))
 
 
-def _rebuild(kind: type[ClientError], message: str, code: grpc.StatusCode) -> ClientError:
-    return kind(message, code=code)
+def _retry_s(call: grpc.Call) -> float:
+    """What google.rpc.RetryInfo in the status says; 0 without one."""
+    for name, value in call.trailing_metadata() or ():
+        if name != "grpc-status-details-bin" or isinstance(value, str):
+            continue
+        info = error_details_pb2.RetryInfo()
+        try:
+            details = status_pb2.Status.FromString(value).details
+            if any(detail.Unpack(info) for detail in details):
+                return max(0.0, info.retry_delay.ToTimedelta().total_seconds())
+        except (DecodeError, ValueError, OverflowError):
+            return 0.0
+    return 0.0
+
+
+def _rebuild(
+    kind: type[ClientError], message: str, code: grpc.StatusCode, retry_s: float
+) -> ClientError:
+    return kind(message, code=code, retry_s=retry_s)

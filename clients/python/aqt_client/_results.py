@@ -39,6 +39,19 @@ class ModelMetadata:
     outputs: tuple[TensorMetadata, ...]
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelState:
+    """Where one version of a model is in its life, in the server's words.
+
+    `state` is "READY", "LOADING", "UNLOADING", or "UNAVAILABLE" for one that was refused or is not
+    loaded; `reason` says why, where there is more to say.
+    """
+
+    version: str
+    state: str
+    reason: str
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class InferResult:
     """The answer to one inference request; `result["y"]` is its output `y`.

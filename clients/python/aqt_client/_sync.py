@@ -9,9 +9,10 @@ import tenacity
 from numpy.typing import ArrayLike
 
 from aqt_client import _codec
-from aqt_client._calls import CHANNEL_OPTIONS, Deadline, RetryPolicy, retry_arguments
+from aqt_client._calls import Deadline, RetryPolicy, retry_arguments
+from aqt_client._connection import Address, Token, channel_arguments, metadata
 from aqt_client._errors import ClientError
-from aqt_client._results import InferResult, ModelMetadata, ServerMetadata
+from aqt_client._results import InferResult, ModelMetadata, ModelState, ServerMetadata
 from aqt_protos import open_inference_pb2 as pb
 from aqt_protos import open_inference_pb2_grpc as pb_grpc
 
@@ -22,9 +23,15 @@ Response = TypeVar("Response")
 class Client:
     """A connection to a server; may be used by many threads at once.
 
-    `address` is "host:port". `timeout_s` is the time that a call has for all of its attempts
-    together. Without `credentials` the connection is not encrypted; `grpc.ssl_channel_credentials`
-    makes them. Nothing is connected before the first call.
+    `address` is "host:port", or several of them, which take calls in turn: a server that is down,
+    loading or stopping is left out, and calls that it had go to another. In a list of one,
+    "dns:///host:port" stands for all that the name resolves to. Of several the IPs are looked up
+    once, and their certificates must have the name of the first.
+
+    `timeout_s` is the time that a call has for all of its attempts together. Without `credentials`
+    the connection is not encrypted; `grpc.ssl_channel_credentials` makes them. `token` says who
+    calls, or a function gives it for each attempt; do not send one unencrypted beyond your own
+    machine. Nothing is connected before the first call.
 
     Every method raises the errors of `ClientError`'s tree, of which Unavailable, Overloaded and
     DeadlineExceeded can happen to any call.
@@ -32,19 +39,22 @@ class Client:
 
     def __init__(
         self,
-        address: str,
+        address: Address,
         *,
         timeout_s: float = 30.0,
         credentials: grpc.ChannelCredentials | None = None,
+        token: Token | None = None,
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen, so sharing it is safe
     ):
         self._timeout_s = timeout_s
         self._retry = retry
         self._closed = False
+        self._token = token
+        target, options = channel_arguments(address)
         self._channel = (
-            grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+            grpc.insecure_channel(target, options=options)
             if credentials is None
-            else grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+            else grpc.secure_channel(target, credentials, options=options)
         )
         self._stub = pb_grpc.GRPCInferenceServiceStub(self._channel)
 
@@ -73,9 +83,21 @@ class Client:
         return self._call(self._stub.ServerReady, pb.ServerReadyRequest()).ready
 
     def is_model_ready(self, name: str, version: str = "") -> bool:
-        """Whether the model takes inference requests. No version: the one that would answer."""
+        """Whether the model takes inference requests. No version: the one that would answer.
+
+        `model_states` says whether one that does not is still loading, or was refused and why.
+        """
         request = pb.ModelReadyRequest(name=name, version=version)
         return self._call(self._stub.ModelReady, request).ready
+
+    def model_states(self, name: str) -> tuple[ModelState, ...]:
+        """Each version of the model, where it is in its life, and why: loading, refused, ready.
+
+        Empty where the server has none of that name.
+        """
+        request = pb.RepositoryIndexRequest()
+        response = self._call(self._stub.RepositoryIndex, request)
+        return _codec.model_states(response, name)
 
     def server_metadata(self) -> ServerMetadata:
         """What the server says of itself."""
@@ -127,7 +149,9 @@ class Client:
 
         def attempt() -> Response:
             try:
-                return method(request, timeout=deadline.remaining_s())
+                return method(
+                    request, timeout=deadline.remaining_s(), metadata=metadata(self._token)
+                )
             except grpc.RpcError as error:
                 if self._closed:
                     raise ClientError(
