@@ -1,28 +1,90 @@
-# The serving image: `docker build -t aqt . && docker run -v ./models:/models -p 8000-8002:8000-8002 aqt`.
+# The serving image, with a target for each kind of device: cpu, cuda, tpu. How it is built and run
+# stands in docs/deployment.md.
+#
+#     docker build --target cpu -t aqt:cpu .
+#     docker run --read-only --tmpfs /tmp -v aqt-cache:/var/cache/aqt -v ./models:/models:ro \
+#         -p 8000-8002:8000-8002 aqt:cpu
+
+# Any Debian with Python 3.11. Give it with its digest to build the same image again.
 ARG BASE=python:3.11-slim-bookworm
 
-FROM ${BASE} AS build
-WORKDIR /src
-COPY requirements-serve.txt ./
-RUN python3 -m venv /opt/aqt \
-    && /opt/aqt/bin/pip install --no-cache-dir --require-hashes -r requirements-serve.txt
+FROM ${BASE} AS pip
+# Where an index or its certificate has to be told, give pip's own file as the secret `pip`.
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /build
+# `strip` takes the symbols out of jaxlib, a third of it. Nothing of this stage is in the image.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends binutils \
+    && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/aqt
+
+FROM pip AS wheel
+# What the fast door is compiled with.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ libnghttp2-dev python3-dev \
+    && rm -rf /var/lib/apt/lists/*
+COPY requirements-build.txt ./
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    /opt/pip/bin/pip install --require-hashes -r requirements-build.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY aqt_engine aqt_engine
 COPY cli cli
 COPY clients clients
 COPY protos protos
 COPY server server
-RUN /opt/aqt/bin/pip install --no-cache-dir --no-deps . ./protos ./clients/python ./server
+RUN /opt/pip/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels \
+        . ./protos ./clients/python ./server \
+    && /opt/pip/bin/pip --python /opt/aqt/bin/python install --no-deps /wheels/*.whl
 
-FROM ${BASE}
-COPY --from=build /opt/aqt /opt/aqt
-RUN useradd --system --create-home --uid 10001 aqt
-USER aqt
+# The targets differ in what is installed here.
+FROM pip AS cpu-packages
+COPY requirements-serve.txt requirements.txt
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    /opt/pip/bin/pip --python /opt/aqt/bin/python install --require-hashes -r requirements.txt \
+    && strip --strip-unneeded /opt/aqt/lib/python3.*/site-packages/jaxlib/libjax_common.so
+
+FROM pip AS cuda-packages
+COPY requirements-cuda.txt requirements.txt
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    /opt/pip/bin/pip --python /opt/aqt/bin/python install --require-hashes -r requirements.txt \
+    && strip --strip-unneeded /opt/aqt/lib/python3.*/site-packages/jaxlib/libjax_common.so
+
+FROM pip AS tpu-packages
+COPY requirements-tpu.txt requirements.txt
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    /opt/pip/bin/pip --python /opt/aqt/bin/python install --require-hashes -r requirements.txt \
+    && strip --strip-unneeded /opt/aqt/lib/python3.*/site-packages/jaxlib/libjax_common.so
+
+FROM ${BASE} AS server
+# In /var/cache/aqt are the compiled executables, and copies of bundles from object stores.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends libnghttp2-14 \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/* \
+    && groupadd --gid 10001 aqt \
+    && useradd --uid 10001 --gid aqt --no-log-init --no-create-home --home-dir /nonexistent aqt \
+    && install -d /models && install -d -o aqt -g aqt /var/cache/aqt
 ENV PATH=/opt/aqt/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
     AQT_HOST=0.0.0.0 \
     AQT_HTTP_PORT=8000 \
-    AQT_MODEL_REPOSITORY=/models
-VOLUME /home/aqt/.cache
+    AQT_MODEL_REPOSITORY=/models \
+    AQT_COMPILATION_CACHE=/var/cache/aqt/compiled \
+    AQT_BUNDLE_CACHE=/var/cache/aqt/bundles
+USER 10001:10001
+VOLUME /var/cache/aqt
 EXPOSE 8000 8001 8002
 STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=30s --timeout=10s --start-period=300s CMD ["aqt", "health"]
 ENTRYPOINT ["aqt", "serve"]
+
+FROM server AS cuda
+COPY --from=cuda-packages /opt/aqt /opt/aqt
+COPY --from=wheel /opt/aqt /opt/aqt
+
+FROM server AS tpu
+COPY --from=tpu-packages /opt/aqt /opt/aqt
+COPY --from=wheel /opt/aqt /opt/aqt
+
+FROM server AS cpu
+COPY --from=cpu-packages /opt/aqt /opt/aqt
+COPY --from=wheel /opt/aqt /opt/aqt

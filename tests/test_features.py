@@ -12,7 +12,7 @@ LINES = (ROOT / "docs/features.md").read_text().splitlines()
 def named(line):
     """The (file, test or None) of a line; `::test` alone is in the file named before it."""
     found, file = [], None
-    for path, test in re.findall(r"`(tests/[\w/]+\.py)?(?:::(\w+))?[^`]*`", line):
+    for path, test in re.findall(r"`((?:deploy/)?tests/[\w/]+\.py)?(?:::(\w+))?[^`]*`", line):
         file = path or file
         if path or (test and file):
             found.append((file, test or None))

@@ -3,6 +3,7 @@
 import typer
 
 from aqt_cli.convert import convert
+from aqt_cli.health import health
 from aqt_cli.inspect import inspect
 from aqt_cli.predict import predict
 from aqt_cli.report import report
@@ -17,6 +18,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (convert, inspect, verify, report, predict, top):
+for command in (convert, inspect, verify, report, predict, top, health):
     app.command()(command)
 app.command(context_settings=SERVE_CONTEXT)(serve)
