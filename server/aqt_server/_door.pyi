@@ -1,7 +1,7 @@
 """The compiled gRPC door, from server/native: HTTP/2 in a thread of its own, calls in batches."""
 
 class Door:
-    """Listens at once, and takes connections from `start` on.
+    """Listens at once, and takes connections from `start` on; has the calls at `paths` alone.
 
     Raises:
       OSError: the port cannot be had.
@@ -13,6 +13,7 @@ class Door:
         host: str,
         port: str,
         *,
+        paths: list[str],
         message_bytes: int,
         buffered_bytes: int,
         connections: int,

@@ -37,10 +37,14 @@ def decode(request: pb.ModelInferRequest, manifest: Manifest, regions: Regions) 
       InvalidRequest: they do not fit the signature; the message says which input and why.
       NotFound: one is in a shared memory region that is not registered.
     """
-    _check_names(request, manifest)
-    specs = {spec.name: spec for spec in manifest.inputs}
-    raw = _raw_contents(request, regions)
-    arrays = {t.name: _array(t, raw, specs[t.name], manifest) for t in request.inputs}
+    # Each is read once, as reading a part of a message makes an object for it.
+    tensors = {tensor.name: tensor for tensor in request.inputs}
+    _check_names(request, tensors, manifest)
+    raw = _raw_contents(request, tensors, regions)
+    arrays = {
+        spec.name: _array(spec.name, tensors[spec.name], raw.get(spec.name), spec, manifest)
+        for spec in manifest.inputs
+    }
     counted = {k: len(array) for k, array in arrays.items() if k not in manifest.per_request}
     if len(set(counted.values())) > 1:
         rows = ", ".join(f"{name!r} has {count}" for name, count in counted.items())
@@ -48,15 +52,14 @@ def decode(request: pb.ModelInferRequest, manifest: Manifest, regions: Regions) 
     rows = next(iter(counted.values()), 1)
     for name in manifest.per_request:
         arrays[name] = np.broadcast_to(arrays[name].reshape(()), (rows,))
-    inputs = {spec.name: arrays[spec.name] for spec in manifest.inputs}
     try:
-        sizes = lengths.lengths_of(manifest, inputs)
+        sizes = lengths.lengths_of(manifest, arrays)
         bucket = lengths.smallest(manifest, sizes)
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
     if sizes:
-        inputs = lengths.pad(manifest, inputs, bucket)
-    return Decoded(inputs=inputs, rows=rows, length_bucket=bucket, sizes=sizes)
+        arrays = lengths.pad(manifest, arrays, bucket)
+    return Decoded(inputs=arrays, rows=rows, length_bucket=bucket, sizes=sizes)
 
 
 def describe(spec: TensorSpec) -> tuple[str, list[int]]:
@@ -71,13 +74,15 @@ def describe_input(spec: TensorSpec, manifest: Manifest) -> tuple[str, list[int]
     return name, [1] if spec.name in manifest.per_request else shape
 
 
-def _check_names(request: pb.ModelInferRequest, manifest: Manifest) -> None:
+def _check_names(
+    request: pb.ModelInferRequest, tensors: Mapping[str, _Input], manifest: Manifest
+) -> None:
     expected = [spec.name for spec in manifest.inputs]
-    given = [tensor.name for tensor in request.inputs]
-    check_known("input", given, expected)
-    missing = [name for name in expected if name not in given]
-    if missing:
-        raise InvalidRequest(f"input {missing[0]!r} is missing: the model takes {_list(expected)}")
+    if len(request.inputs) == len(expected) and all(name in tensors for name in expected):
+        return
+    check_known("input", [tensor.name for tensor in request.inputs], expected)
+    missing = next(name for name in expected if name not in tensors)
+    raise InvalidRequest(f"input {missing!r} is missing: the model takes {_list(expected)}")
 
 
 def check_known(side: str, given: Sequence[str], known: Sequence[str]) -> None:
@@ -93,17 +98,19 @@ def check_known(side: str, given: Sequence[str], known: Sequence[str]) -> None:
             raise InvalidRequest(f"{side} {name!r} is given twice: name each once")
 
 
-def _raw_contents(request: pb.ModelInferRequest, regions: Regions) -> dict[str, bytes]:
+def _raw_contents(
+    request: pb.ModelInferRequest, tensors: Mapping[str, _Input], regions: Regions
+) -> dict[str, bytes]:
     """The raw contents of each input that has some, from shared memory or from the message.
 
     In the message they stand without names: one for each input that is not in shared memory.
     """
     raw: dict[str, bytes] = {}
-    for tensor in request.inputs:
-        window = regions.window(tensor.parameters, f"input {tensor.name!r}")
-        if window:
-            raw[tensor.name] = window.read()
-    in_message = [tensor.name for tensor in request.inputs if tensor.name not in raw]
+    for name, tensor in tensors.items():
+        # Most have none, and to look for one costs as much as to read the tensor.
+        if tensor.parameters and (window := regions.window(tensor.parameters, f"input {name!r}")):
+            raw[name] = window.read()
+    in_message = [name for name in tensors if name not in raw]
     contents = request.raw_input_contents
     if contents and len(contents) != len(in_message):
         raise InvalidRequest(
@@ -114,36 +121,36 @@ def _raw_contents(request: pb.ModelInferRequest, regions: Regions) -> dict[str, 
 
 
 def _array(
-    tensor: _Input, raw_contents: Mapping[str, bytes], spec: TensorSpec, manifest: Manifest
+    name: str, tensor: _Input, raw: bytes | None, spec: TensorSpec, manifest: Manifest
 ) -> np.ndarray[Any, Any]:
-    expected, shape = describe_input(spec, manifest)
-    kind = _checked_datatype(tensor, expected)
-    _check_shape(tensor, shape)
-    raw = raw_contents.get(spec.name)
+    expected, expected_shape = describe_input(spec, manifest)
+    kind = _checked_datatype(name, tensor, expected)
+    shape = list(tensor.shape)
+    _check_shape(name, shape, expected_shape)
     if raw is not None and tensor.HasField("contents"):
         raise InvalidRequest(
-            f"input {spec.name!r} has its elements in `contents`, and has raw contents or is in "
+            f"input {name!r} has its elements in `contents`, and has raw contents or is in "
             f"shared memory too: send one of them"
         )
     try:
         if raw is not None:
-            return from_raw(raw, kind, tensor.shape)
-        return from_contents(tensor.contents, kind, tensor.shape)
+            return from_raw(raw, kind, shape)
+        return from_contents(tensor.contents, kind, shape)
     except ValueError as error:
-        raise InvalidRequest(f"input {spec.name!r}: {error}") from error
+        raise InvalidRequest(f"input {name!r}: {error}") from error
 
 
-def _checked_datatype(tensor: _Input, expected: str) -> Datatype:
-    if tensor.datatype != expected:
+def _checked_datatype(name: str, tensor: _Input, expected: str) -> Datatype:
+    found = tensor.datatype
+    if found != expected:
         raise InvalidRequest(
-            f"input {tensor.name!r} has datatype {tensor.datatype!r}, and the model takes "
+            f"input {name!r} has datatype {found!r}, and the model takes "
             f"{expected}: convert it before it is sent"
         )
     return datatype(expected)
 
 
-def _check_shape(tensor: _Input, expected: Sequence[int]) -> None:
-    shape = list(tensor.shape)
+def _check_shape(name: str, shape: Sequence[int], expected: Sequence[int]) -> None:
     fits = expected == [1] and shape == []
     fits |= len(shape) == len(expected) and all(
         found == size or (size == -1 and found >= 0)
@@ -154,7 +161,7 @@ def _check_shape(tensor: _Input, expected: Sequence[int]) -> None:
         if -1 in expected[1:]:
             meaning = "where the first -1 is any number of rows, and another any length"
         raise InvalidRequest(
-            f"input {tensor.name!r} has shape {shape}, and the model takes {expected}, {meaning}"
+            f"input {name!r} has shape {shape}, and the model takes {expected}, {meaning}"
         )
 
 

@@ -61,7 +61,7 @@ class FastDoor:
         }
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._answers: list[tuple[int, int, str, bytes, bytes]] = []
-        self._door = _open(settings)
+        self._door = _open(settings, list(self._kinds))
         self.port = self._door.port()
         """Where it listens."""
         self._loop = asyncio.get_running_loop()
@@ -97,7 +97,7 @@ class FastDoor:
         """Answers one call, and only once, whatever comes of it."""
         status, sentence, trailers, answer = grpc.StatusCode.CANCELLED.value[0], "", b"", b""
         try:
-            rpc, kind = self._kind(path)
+            rpc, kind = self._kinds[path]
             headers = _headers(block)
             call = Call(
                 principal=self._identify(headers.get("authorization"), None),
@@ -137,15 +137,6 @@ class FastDoor:
         answers, self._answers = self._answers, []
         self._door.answer(answers)
 
-    def _kind(self, path: str) -> tuple[str, type[Message]]:
-        try:
-            return self._kinds[path]
-        except KeyError:
-            raise NotSupported(
-                f"this port has no {path!r}: it has the unary calls of {SERVICE_NAME}, and that of "
-                f"--port has all"
-            ) from None
-
     def _unpacked(self, sent: bytes, packing: str) -> bytes:
         if packing not in _PACKED:
             raise NotSupported(f"messages are packed by {packing!r}: use {' or '.join(_PACKED)}")
@@ -168,7 +159,7 @@ class FastDoor:
         )
 
 
-def _open(settings: Settings) -> "Door":
+def _open(settings: Settings, paths: list[str]) -> "Door":
     try:
         from aqt_server import _door
     except ImportError as error:
@@ -180,6 +171,7 @@ def _open(settings: Settings) -> "Door":
     return _door.Door(
         settings.listen.host,
         str(settings.listen.fast_port),
+        paths=paths,
         message_bytes=limits.max_message_bytes,
         buffered_bytes=_MESSAGES_HELD * limits.max_message_bytes,
         connections=connections.max_connections,

@@ -1,5 +1,7 @@
 #include "connection.h"
 
+#include "grpc.h"
+
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -23,49 +25,11 @@ constexpr double kGreetingS = 10, kSilentS = 60, kPongS = 20, kStuckS = 60;
 // As libnghttp2 has it from 1.57 on: who resets more streams than that is flooding.
 constexpr double kResets = 1000, kResetsPerS = 33;
 
-enum Status { kOk = 0, kInvalidArgument = 3, kResourceExhausted = 8 };
+enum Status { kOk = 0, kInvalidArgument = 3, kResourceExhausted = 8, kUnimplemented = 12 };
 
 nghttp2_nv pair(std::string_view name, std::string_view value) {
   return {(uint8_t*)name.data(), (uint8_t*)value.data(), name.size(), value.size(),
           NGHTTP2_NV_FLAG_NONE};
-}
-
-// As grpc-message has to be written: what is not printable ASCII in percent.
-std::string percent_encoded(const std::string& text) {
-  static const char kDigits[] = "0123456789ABCDEF";
-  std::string out;
-  for (unsigned char c : text) {
-    if (c >= 0x20 && c <= 0x7e && c != '%') {
-      out += static_cast<char>(c);
-    } else {
-      out += {'%', kDigits[c >> 4], kDigits[c & 15]};
-    }
-  }
-  return out;
-}
-
-size_t length_of(const std::string& body) {
-  const auto* prefix = reinterpret_cast<const uint8_t*>(body.data());
-  return size_t{prefix[1]} << 24 | prefix[2] << 16 | prefix[3] << 8 | prefix[4];
-}
-
-// Seconds of a grpc-timeout: at most 8 digits and a unit; negative if it is not of that form.
-double timeout_of(std::string_view value) {
-  if (value.size() < 2 || value.size() > 9) return -1;
-  double number = 0;
-  for (char c : value.substr(0, value.size() - 1)) {
-    if (c < '0' || c > '9') return -1;
-    number = number * 10 + (c - '0');
-  }
-  switch (value.back()) {
-    case 'H': return number * 3600;
-    case 'M': return number * 60;
-    case 'S': return number;
-    case 'm': return number * 1e-3;
-    case 'u': return number * 1e-6;
-    case 'n': return number * 1e-9;
-    default: return -1;
-  }
 }
 
 }  // namespace
@@ -158,9 +122,8 @@ void Connection::answer(int32_t number, Response&& response) {
 
 void Connection::drain() {
   draining_ = true;
-  nghttp2_submit_goaway(session_, NGHTTP2_FLAG_NONE,
-                        nghttp2_session_get_last_proc_stream_id(session_), NGHTTP2_NO_ERROR, nullptr,
-                        0);
+  const int32_t last = nghttp2_session_get_last_proc_stream_id(session_);
+  nghttp2_submit_goaway(session_, NGHTTP2_FLAG_NONE, last, NGHTTP2_NO_ERROR, nullptr, 0);
 }
 
 bool Connection::alive(double now) {
@@ -206,6 +169,25 @@ void Connection::header(Stream& stream, std::string_view name, std::string_view 
   }
 }
 
+void Connection::headed(Stream& stream) {
+  if (stream.answered) return;
+  if (stream.header_bytes > limits_.header_bytes) {
+    return refuse(stream, kResourceExhausted,
+                  "the call has more bytes of headers than the " +
+                      std::to_string(limits_.header_bytes) + " that the server takes");
+  }
+  if (!stream.post) return http_error(stream, "405");
+  if (!stream.grpc) return http_error(stream, "415");
+  // Before its message: that of a stream may never end.
+  if (!limits_.paths.count(stream.path)) {
+    return refuse(stream, kUnimplemented,
+                  "this port has no " + stream.path + ": it has unary calls, and --port has all");
+  }
+  if (stream.bad_timeout) {
+    refuse(stream, kInvalidArgument, "grpc-timeout is up to 8 digits and a unit");
+  }
+}
+
 void Connection::data(Stream& stream, const uint8_t* bytes, size_t size) {
   if (stream.answered) return;
   stream.room += size;
@@ -231,11 +213,6 @@ void Connection::data(Stream& stream, const uint8_t* bytes, size_t size) {
 void Connection::whole(Stream& stream) {
   stream.ended = true;
   if (stream.answered) return;
-  if (!stream.post) return http_error(stream, "405");
-  if (!stream.grpc) return http_error(stream, "415");
-  if (stream.bad_timeout) {
-    return refuse(stream, kInvalidArgument, "grpc-timeout is up to 8 digits and a unit");
-  }
   const size_t size = stream.body.size();
   if (size < kPrefix || size - kPrefix != length_of(stream.body) || stream.body[0] & ~1) {
     return refuse(stream, kInvalidArgument, "the call ended before its message did");
@@ -367,13 +344,7 @@ nghttp2_session_callbacks* Connection::callbacks() {
           connection.greeted_ |= frame->hd.type == NGHTTP2_SETTINGS;
           Stream* stream = connection.stream(frame->hd.stream_id);
           if (!stream) return 0;
-          if (frame->hd.type == NGHTTP2_HEADERS && !stream->answered &&
-              stream->header_bytes > connection.limits_.header_bytes) {
-            connection.refuse(*stream, kResourceExhausted,
-                              "the call has more bytes of headers than the " +
-                                  std::to_string(connection.limits_.header_bytes) +
-                                  " that the server takes");
-          }
+          if (frame->hd.type == NGHTTP2_HEADERS) connection.headed(*stream);
           if ((frame->hd.type == NGHTTP2_HEADERS || frame->hd.type == NGHTTP2_DATA) &&
               frame->hd.flags & NGHTTP2_FLAG_END_STREAM) {
             connection.whole(*stream);

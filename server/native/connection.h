@@ -7,11 +7,14 @@
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 
 namespace door {
 
 // What is bounded, for one connection or for all together.
 struct Limits {
+  // What can be called, by the paths of HTTP/2.
+  std::unordered_set<std::string> paths;
   size_t message_bytes;
   // Of all connections: requests that are not whole or not taken, and responses not yet sent.
   size_t buffered_bytes;
@@ -23,8 +26,6 @@ struct Limits {
   // Seconds without a call after which a connection is closed.
   double idle_s;
 };
-
-constexpr size_t kPrefix = 5;  // of a gRPC message: compressed or not, and its length
 
 // A unary call whose body, a message with its prefix, is whole. `headers` are name\0value\0...
 struct Request {
@@ -84,6 +85,7 @@ class Connection {
   static nghttp2_session_callbacks* callbacks();
   Stream* stream(int32_t number);
   void header(Stream& stream, std::string_view name, std::string_view value);
+  void headed(Stream& stream);
   void data(Stream& stream, const uint8_t* bytes, size_t size);
   void whole(Stream& stream);
   void refuse(Stream& stream, int status, const std::string& sentence);

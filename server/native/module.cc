@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "door.h"
+#include "grpc.h"
 
 namespace {
 
@@ -41,27 +42,37 @@ void translate() {
 }
 
 PyObject* create(PyTypeObject* type, PyObject* arguments, PyObject* named) {
-  static const char* names[] = {"host",  "port",    "message_bytes", "buffered_bytes", "connections",
-                                "calls", "streams", "header_bytes",  "idle_s",         nullptr};
+  static const char* names[] = {"host",           "port",        "paths", "message_bytes",
+                                "buffered_bytes", "connections", "calls", "streams",
+                                "header_bytes",   "idle_s",      nullptr};
   const char *host, *port;
   Py_ssize_t message, buffered, connections, calls, streams, headers;
   double idle_s;
-  if (!PyArg_ParseTupleAndKeywords(arguments, named, "ssnnnnnnd", const_cast<char**>(names), &host,
-                                   &port, &message, &buffered, &connections, &calls, &streams,
-                                   &headers, &idle_s)) {
+  PyObject* paths;
+  if (!PyArg_ParseTupleAndKeywords(arguments, named, "ssO!nnnnnnd", const_cast<char**>(names),
+                                   &host, &port, &PyList_Type, &paths, &message, &buffered,
+                                   &connections, &calls, &streams, &headers, &idle_s)) {
     return nullptr;
   }
   auto allocate = reinterpret_cast<allocfunc>(PyType_GetSlot(type, Py_tp_alloc));
   PyObject* self = allocate(type, 0);
   if (!self) return nullptr;
   try {
-    const Limits limits{.message_bytes = static_cast<size_t>(message),
+    Limits limits{.message_bytes = static_cast<size_t>(message),
                         .buffered_bytes = static_cast<size_t>(buffered),
                         .connections = static_cast<size_t>(connections),
                         .calls = static_cast<size_t>(calls),
                         .streams = static_cast<uint32_t>(streams),
                         .header_bytes = static_cast<size_t>(headers),
                         .idle_s = idle_s};
+    for (Py_ssize_t i = 0; i < PyList_Size(paths); ++i) {
+      const char* path = PyUnicode_AsUTF8AndSize(PyList_GetItem(paths, i), nullptr);
+      if (!path) {
+        Py_DECREF(self);
+        return nullptr;
+      }
+      limits.paths.insert(path);
+    }
     reinterpret_cast<Object*>(self)->door = new Door(host, port, limits);
   } catch (...) {
     translate();

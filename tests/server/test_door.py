@@ -17,6 +17,7 @@ from faults.amount import amount
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 WAIT_S = 30
 LIMITS = {
+    "paths": ["/s/M", "/some.Service/Method"],
     "message_bytes": 100_000,
     "buffered_bytes": 400_000,
     "connections": 8,
@@ -247,6 +248,13 @@ def test_what_is_no_message_is_an_error_of_its_call(door_class, sent):
         assert not select.select([door], [], [], 0)[0]
         connection.sendall(call_of(3))
         assert taken(door)[0][0][6] == b"hello"
+
+
+def test_a_stream_is_refused_before_it_ends(door_class):
+    with opened(door_class) as door, connected(door) as connection:
+        connection.sendall(conversation(frame(1, 4, 1, headers(b"/s/Stream"))))
+        until_answered(connection)
+        assert not select.select([door], [], [], 0)[0]
 
 
 def mutated(conversation, dice):
