@@ -54,8 +54,17 @@ bench-platforms: .venv/installed  ## which bits differ on older processors: docs
 bench-fairness: .venv/installed  ## whether a flooded model holds up another: docs/performance.md
 	$(BIN)/python -m benchmarks.fairness --json out/bench/fairness.json
 
-bench-serving: .venv/installed  ## requests per second, with h2load: docs/performance.md
-	$(BIN)/python -m benchmarks.serving --json out/bench/serving.json
+# The environments of peers are made in out/bench/env at the first run, which takes minutes more.
+bench: bench-peers bench-serving bench-training bench-exactness  ## all tables of a CPU, in out/bench
+
+bench-peers: .venv/installed  ## beside ONNX Runtime, OpenVINO, PyTorch and XLA: docs/performance.md
+	$(BIN)/python -m benchmarks.peers.layers --json out/bench/layers.json
+	$(BIN)/python -m benchmarks.peers.encoder --json out/bench/encoder.json
+	$(BIN)/python -m benchmarks.compiled
+
+bench-serving: .venv/installed  ## beside Triton, MLServer and kserve: docs/performance.md
+	$(BIN)/python -m benchmarks.serving --peers --seconds 1 --json out/bench/serving.json
+	$(BIN)/python -m benchmarks.overhead --json out/bench/overhead.json
 
 test: check deploy-test  ## all tests
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
@@ -94,6 +103,13 @@ lock: .venv/installed  ## resolves pyproject.toml to versions and hashes again
 	$(COMPILE) server/pyproject.toml -c requirements.txt --extra tpu -o requirements-tpu.txt
 	$(COMPILE) -c requirements.txt --group build -o requirements-build.txt
 	$(COMPILE) -c requirements.txt --group deploy -o requirements-deploy.txt
+
+lock-peers: .venv/installed  ## the same for the peers; UV_FIND_LINKS says where PyTorch for CPUs is
+	for name in onnxruntime openvino torch mlserver kserve triton; do \
+		$(BIN)/uv pip compile --quiet benchmarks/peers/requirements/$$name.in \
+			--python-version 3.11 --python-platform x86_64-manylinux_2_36 --generate-hashes \
+			--no-emit-index-url --no-emit-find-links --no-annotate --no-header \
+			-o benchmarks/peers/requirements/$$name.txt || exit 1; done
 
 clean:
 	rm -rf .venv out

@@ -30,7 +30,7 @@ class Contender:
       model: what is asked.
       inputs: what it is asked, by name.
       expected: what it has to answer, from what it answered.
-      environment: variables of its process beside those of this one.
+      environment: variables of its process beside those of this one, {port} in them too.
     """
 
     name: str
@@ -62,12 +62,13 @@ def running(contender: Contender) -> Iterator[Running]:
         port = free.getsockname()[1]
     address = f"127.0.0.1:{port}"
     command = [part.format(port=port) for part in contender.command]
+    environment = {name: v.format(port=port) for name, v in contender.environment.items()}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             command,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **contender.environment},
+            env={**os.environ, **environment},
             start_new_session=True,
         )
         try:

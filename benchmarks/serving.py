@@ -7,7 +7,9 @@ measured. `h2load` then sends one request of one row again and again over one co
 many in flight, to one server after the other, in another order each time. The requests per second
 of each are divided by those of a bare identity server of Python's `grpc.aio` in the same repeat:
 what slows the machine down slows both. The table gives the median of these ratios and their
-quartiles, and what the server's processes spent on each request in processor time.
+quartiles, and what the server's processes spent on each request in processor time. With `--peers`,
+MLServer, kserve and Triton serve an identity model in environments of their own, and a second table
+divides our requests per second by theirs.
 """
 
 import argparse
@@ -30,11 +32,14 @@ from benchmarks.bundles import TINY, TINY_FEATURES, tiny
 from benchmarks.contenders import Arrays, Contender, Running, ours, running
 from benchmarks.environment import described, environment
 from benchmarks.load import Load, load
+from benchmarks.peers.serving import servers as peers
 
 IN_FLIGHT = (1, 16, 64)
 REPEATS = 5
 SECONDS = 2.0
 BARE = "bare grpc.aio"
+# By how much our requests per second shall at least be more than theirs.
+MARKS = {"MLServer": 3.0, "kserve": 3.0, "Triton, Python backend": 1.0}
 
 
 def message(model: str, inputs: Arrays) -> bytes:
@@ -62,8 +67,9 @@ def bare(model: str, inputs: Arrays) -> Contender:
     )
 
 
-def contenders(repository: Path) -> list[Contender]:
-    """The servers that are measured, the bare one first."""
+def contenders(folder: Path, *, with_peers: bool) -> list[Contender]:
+    """The servers that are measured, the bare one first, then ours; their files are in `folder`."""
+    repository = folder / "repository"
     reference = tiny(repository)
     inputs = {"inputs": np.random.default_rng(1).normal(size=(1, TINY_FEATURES)).astype(np.float32)}
     expected = reference(inputs)["output"]
@@ -72,7 +78,7 @@ def contenders(repository: Path) -> list[Contender]:
         return answer["output"].tobytes() == expected.tobytes()
 
     both = [ours(repository, TINY, inputs, exact, fast=fast) for fast in (False, True)]
-    return [bare(TINY, inputs), *both]
+    return [bare(TINY, inputs), *both, *(peers(folder, TINY, inputs) if with_peers else ())]
 
 
 def measure(
@@ -135,6 +141,23 @@ def show(results: Sequence[Mapping[str, Any]], *, markdown: bool) -> None:
     Console(width=max(120, Console().width)).print(table)
 
 
+def show_marks(results: Sequence[Mapping[str, Any]], *, markdown: bool) -> None:
+    """Our requests per second by those of each peer, repeat by repeat, and the marks."""
+    table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD)
+    for column in ("by", "in flight", "of", "ratio", "quartiles", "mark", ""):
+        table.add_column(column, justify="right", no_wrap=True)
+    rates = {(r["server"], r["in_flight"]): np.array(r["all_requests_per_s"]) for r in results}
+    for peer, least in MARKS.items():
+        for (server, in_flight), of_ours in rates.items():
+            if server.startswith("aqt") and (peer, in_flight) in rates:
+                ratios = of_ours / rates[peer, in_flight]
+                low, middle, high = np.percentile(ratios, (25, 50, 75)).tolist()
+                told = "met" if middle >= least else "missed"
+                row = (peer, str(in_flight), server, f"{middle:.2f}", f"{low:.2f} to {high:.2f}")
+                table.add_row(*row, f"{least:g}", told)
+    Console(width=max(120, Console().width)).print(table)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serving",
@@ -145,11 +168,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="default: %(default)s")
+    parser.add_argument("--peers", action="store_true", help="MLServer, kserve and Triton too")
     parser.add_argument("--in-flight", type=int, nargs="+", default=IN_FLIGHT, metavar="N")
     options = parser.parse_args(arguments)
     before = environment()
     with tempfile.TemporaryDirectory() as made, contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(running(c)) for c in contenders(Path(made))]
+        servers = [
+            stack.enter_context(running(c))
+            for c in contenders(Path(made), with_peers=options.peers)
+        ]
         results = measure(
             servers,
             in_flight=options.in_flight,
@@ -157,6 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seconds=options.seconds,
         )
     show(results, markdown=options.markdown)
+    if options.peers:
+        show_marks(results, markdown=options.markdown)
     Console().print(f"{options.repeats} repeats; {described(before)}", soft_wrap=True)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

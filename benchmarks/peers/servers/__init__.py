@@ -1,0 +1,1 @@
+"""Other servers of the Open Inference Protocol with an identity model, to serve beside ours."""

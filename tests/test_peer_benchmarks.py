@@ -1,0 +1,75 @@
+"""Peers are told what to prepare, checked, timed in turns, and held against the marks."""
+
+import numpy as np
+import pytest
+
+from benchmarks.compiled import bytes_accessed
+from benchmarks.peers import environments, layers, report, rounds
+from benchmarks.peers.process import Peer, PeerError, Seconds, started
+
+
+def seconds(*elapsed):
+    return [Seconds(each, 2 * each) for each in elapsed]
+
+
+def test_ratios_are_those_of_each_round():
+    # The machine was three times as slow in the second round.
+    times = {"ours": seconds(1, 3, 1), "peer": seconds(2, 6, 2)}
+    found = rounds.ratios(times, "ours")
+    assert found["peer"]["ratio"] == found["peer"]["processor_ratio"] == 2
+    assert found["peer"]["quartiles"] == [2, 2]
+    assert found["ours"]["ratio"] == 1
+
+
+def test_a_mark_tells_the_least_of_its_results(capsys):
+    def result(rows, ratio):
+        peer = {"ms": 1.0, "ratio": ratio, "quartiles": [ratio, ratio]}
+        ours = {"ms": 1.0, "ratio": 1.0, "quartiles": [1.0, 1.0]}
+        return {"case": {"rows": rows}, "peers": {"ours": ours, "peer": peer}}
+
+    options = report.parser("layers", "", 2).parse_args(["--markdown"])
+    marks = [
+        report.Mark("fast", "peer", lambda case: True),
+        report.Mark("fast at one row", "peer", lambda case: case["rows"] == 1),
+        report.Mark("of nobody", "nobody", lambda case: True),
+    ]
+    foot = {"cpu": "x", "cores": 2, "instructions": [], "device": "cpu", "load_average_1min": 0}
+    results = [result(1, 1.5), result(8, 0.5)]
+    report.report(options, {"": results}, marks, {}, foot | {"jax": "1", "flax": "1"})
+    told = capsys.readouterr().out
+    assert "| fast            | 0.50 (0.50-0.50)        | rows 8 | missed: met at 1 of 2 |" in told
+    assert "| fast at one row | 1.50 (1.50-1.50)        | rows 1 | met" in told
+    assert "| of nobody       | not measured" in told
+
+
+def test_every_environment_is_pinned_by_hash_and_names_no_index():
+    names = {peer.environment for peer in layers.LAYERS if peer.environment}
+    for name in (*names, "mlserver", "kserve", "triton"):
+        locked = (environments.REQUIREMENTS / f"{name}.txt").read_text()
+        assert "://" not in locked
+        for package, version in environments.pins(name).items():
+            assert f"\n{package}=={version} \\\n    --hash=" in f"\n{locked}"
+
+
+@pytest.mark.slow
+def test_a_worker_computes_is_timed_and_tells_what_went_wrong(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = tmp_path / "layer.npz"
+    x, w = (rng.integers(0, 127, (8, 8)).astype(np.int8) for _ in range(2))
+    np.savez(arrays, xq=x, qvalue=w, x=x, w=w)
+    peers = (Peer("XLA int8", "xla"),)
+    with started(peers) as workers:
+        found = layers.compare(workers, peers, "product", arrays, 4, rounds=2)
+        assert found["XLA int8"]["ratio"] == 1
+        assert len(found["XLA int8"]["seconds"]) == 2
+        with pytest.raises(PeerError, match="xla: KeyError: 'no such thing'"):
+            workers["XLA int8"].prepare("key", "no such thing", arrays)
+        # It lives on.
+        assert workers["XLA int8"].time("product XLA int8", 1).elapsed > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(256, 256), (384, 1536)])
+def test_served_weights_are_read_in_int8_and_not_widened(shape):
+    served, in_float = bytes_accessed(shape)
+    assert served < 0.6 * in_float
