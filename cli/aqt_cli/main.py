@@ -2,6 +2,7 @@
 
 import typer
 
+from aqt_cli.bench import bench
 from aqt_cli.convert import convert
 from aqt_cli.health import health
 from aqt_cli.inspect import inspect
@@ -18,6 +19,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (convert, inspect, verify, report, predict, top, health):
+for command in (convert, inspect, verify, report, predict, bench, top, health):
     app.command()(command)
 app.command(context_settings=SERVE_CONTEXT)(serve)

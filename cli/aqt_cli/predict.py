@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from aqt_cli.connection import LOCAL, Ca, Certificate, Key, Servers, TokenFile, arguments
 from aqt_cli.failures import as_sentence, of_the_server
 
 if TYPE_CHECKING:
@@ -25,9 +26,7 @@ def predict(
             help="The inputs: .npz or .json by name, or .npy for a model with one input.",
         ),
     ],
-    server: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Where the server listens.")
-    ] = "localhost:8001",
+    server: Servers = list(LOCAL),  # noqa: B006 - typer copies it
     version: Annotated[
         str, typer.Option(metavar="N", help="The version; without it, the server chooses.")
     ] = "",
@@ -39,13 +38,20 @@ def predict(
         float, typer.Option(metavar="SECONDS", help="For each call, its retries included.")
     ] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    token_file: TokenFile = None,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
 ) -> None:
     """Sends inputs from a file to a server, and shows the model's answer."""
     with of_the_server():
         from aqt_client import Client, ClientError, files
 
     with as_sentence(ClientError, ValueError, OSError):
-        with Client(server, timeout_s=timeout) as client:
+        connection = arguments(
+            server, token_file=token_file, ca=ca, certificate=certificate, key=key
+        )
+        with Client(timeout_s=timeout, **connection) as client:
             metadata = client.model_metadata(model, version)
             arrays = files.read_inputs(inputs, metadata)
             result = client.infer(model, arrays, version=version)

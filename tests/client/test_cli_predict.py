@@ -108,6 +108,14 @@ def test_version_and_timeout_reach_the_server(server, aqt, inputs):
     assert infer.remaining_s <= 9.5
 
 
+def test_who_calls_reaches_the_server(server, aqt, inputs, tmp_path):
+    (tmp_path / "token").write_text("secret\n")
+    done = aqt("identity", "--inputs", inputs, "--token-file", tmp_path / "token")
+    assert done.exit_code == 0, done.output
+    assert {call.metadata["authorization"] for call in server.calls} == {"Bearer secret"}
+    fails(aqt("identity", "--inputs", inputs, "--certificate", "c.pem"), "needs --key and --ca")
+
+
 def fails(done, sentence):
     assert done.exit_code == 1
     assert sentence in done.stderr
