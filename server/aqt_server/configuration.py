@@ -132,7 +132,8 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Configurat
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """Variables that look like settings and are none."""
     known = {s.variable for members in _groups().values() for s in members}
-    known.add(PREFIX + _CONFIG.upper())
+    # The last is the engine's own: which kernel computes.
+    known |= {PREFIX + _CONFIG.upper(), "AQT_KERNELS"}
     return sorted(v for v in environment if v.startswith(PREFIX) and v not in known)
 
 

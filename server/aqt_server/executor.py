@@ -5,6 +5,7 @@ All of this blocks and belongs in a thread. Nothing here knows of requests.
 
 import dataclasses
 import itertools
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from aqt_engine.bundle import Arrays, Bundle, Manifest
 from aqt_engine.execution import Mode, Program, tile_buckets
 from aqt_server.memory import Memory, told, workspace
 
+_log = logging.getLogger(__name__)
+
 
 class InexactError(Exception):
     """A bundle's witness does not reproduce on this machine."""
@@ -30,12 +33,19 @@ class Executor:
     types are compiled as everywhere else.
     """
 
-    def __init__(self, loaded: Bundle, *, max_batch_rows: int, mode: Mode = Mode.EXACT):
+    def __init__(
+        self,
+        loaded: Bundle,
+        *,
+        max_batch_rows: int,
+        mode: Mode = Mode.EXACT,
+        kernel: bool = True,
+    ):
         manifest = loaded.manifest
         arrays = itertools.chain(manifest.inputs, manifest.outputs, manifest.weights)
         self._in_64_bits = any(np.dtype(spec.dtype).itemsize == 8 for spec in arrays)
         with jax.enable_x64(self._in_64_bits):
-            self._program = Program(loaded, max_rows=max_batch_rows, mode=mode)
+            self._program = Program(loaded, max_rows=max_batch_rows, mode=mode, kernel=kernel)
             for length_bucket in manifest.length_buckets:
                 for bucket in self._program.buckets:
                     self._program.compile(bucket, length_bucket)
@@ -43,6 +53,8 @@ class Executor:
         """Numbers of rows that are computed at once, ascending; others are padded to the next."""
         self.workspace_nbytes = self._program.workspace_nbytes
         """Bytes beside the weights that it computes in."""
+        self.kernel = self._program.kernel
+        """The instruction set of the int8 kernel that it computes with; None without one."""
 
     def __call__(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """The outputs for `inputs`: by name, the same rows for all.
@@ -129,7 +141,8 @@ def load(
 
     In mode fast it is tried too, and served whatever comes of it. `proof_s` are the seconds for
     more than the witness in each executable. What it takes of `memory` is estimated before its
-    files are read, and known when it is compiled.
+    files are read, and known when it is compiled. A version that is not exact with the int8 kernel
+    is computed without it.
 
     Raises:
       NoMemoryError: it takes more than there is.
@@ -139,11 +152,19 @@ def load(
     manifest = bundle.read_manifest(path)
     most_rows = tile_buckets(max_batch_rows, manifest.tile)[-1] * manifest.tile
     memory.check(manifest, workspace=workspace(manifest, most_rows))
+
+    def proved(kernel: bool) -> tuple[Executor, Proof]:
+        made = Executor(loaded, max_batch_rows=max_batch_rows, mode=mode, kernel=kernel)
+        memory.check(manifest, workspace=made.workspace_nbytes, copies=1)
+        return made, made.prove(loaded, more_s=proof_s if mode is Mode.EXACT else 0)
+
     with told():
         loaded = bundle.load(path)
-        executor = Executor(loaded, max_batch_rows=max_batch_rows, mode=mode)
-        memory.check(manifest, workspace=executor.workspace_nbytes, copies=1)
-        found = executor.prove(loaded, more_s=proof_s if mode is Mode.EXACT else 0)
+        executor, found = proved(kernel=True)
+        if found.failed and executor.kernel:
+            _log.warning("%s is computed without the int8 kernel, with which it is %s", path, found)
+            del executor
+            executor, found = proved(kernel=False)
     if mode is Mode.FAST:
         verdict = f"fast: bits may differ with the batch; tried on the witness, {found}"
         return Loaded(

@@ -114,6 +114,7 @@ def _parameters(servable: Servable) -> dict[str, str]:
         "aqt_exact": str(servable.exact).lower(),
         "aqt_mode": str(servable.mode),
         "aqt_verdict": servable.verdict,
+        "aqt_kernel": servable.kernel or "none",
         "aqt_tile": str(manifest.tile),
     }
     for name, sizes in manifest.lengths.items():

@@ -22,6 +22,7 @@ class Servable:
 
     `exact` is whether it was proved here, in mode exact, and `verdict` the proof in a sentence.
     `bucket_rows` are the rows that it computes at once, in `workspace_nbytes` beside the weights.
+    `kernel` is the instruction set of the int8 kernel that computes it, if one does.
     `cache` is None where answers are not kept.
     """
 
@@ -36,6 +37,7 @@ class Servable:
     batcher: Batcher
     cache: VersionCache | None
     statistics: Statistics
+    kernel: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +69,7 @@ def serve(
         verdict=loaded.verdict,
         bucket_rows=loaded.executor.bucket_rows,
         workspace_nbytes=loaded.executor.workspace_nbytes,
+        kernel=loaded.executor.kernel,
         batcher=Batcher(
             functools.partial(_computed, loaded.executor),
             max_batch_rows=loaded.executor.bucket_rows[-1],

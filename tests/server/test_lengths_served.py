@@ -8,6 +8,7 @@ import pytest
 import tritonclient.grpc as stock
 
 import sequences
+from aqt_engine.kernels import library
 from engine.contractions import assert_same_bits
 from sequences import LENGTHS, inputs_of
 from server.messages import raises_status
@@ -102,6 +103,7 @@ def test_the_signature_as_clients_see_it(client):
     assert {t.name: list(t.dims) for t in config.input}["ids"] == [-1]
     told = {name: parameter.string_value for name, parameter in config.parameters.items()}
     assert told.pop("aqt_verdict").startswith("exact: no bit differs in ")
+    assert told.pop("aqt_kernel") in ("none", *library.INSTRUCTION_SETS)
     assert told == {
         "aqt_exact": "true",
         "aqt_mode": "exact",

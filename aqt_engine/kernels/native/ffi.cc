@@ -1,0 +1,72 @@
+// What XLA calls, and what Python asks.
+
+#include <atomic>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "instruction_set.h"
+#include "matmul.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+const aqt::InstructionSet* const kAll[] = {&aqt::kAmx, &aqt::kAvx512Vnni, &aqt::kAvx2};
+std::atomic<const aqt::InstructionSet*> used{nullptr};
+
+const aqt::InstructionSet* Find(const char* name) {
+  for (const auto* each : kAll) {
+    if (std::strcmp(each->name, name) == 0) return each;
+  }
+  return nullptr;
+}
+
+ffi::Error Int8Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> lhs, ffi::Buffer<ffi::S8> packed,
+                      ffi::ResultBuffer<ffi::S32> out, int64_t depth, int64_t columns) {
+  const aqt::InstructionSet* with = used.load();
+  if (with == nullptr) return ffi::Error::Internal("no instruction set was chosen");
+  const int64_t values = static_cast<int64_t>(out->element_count());
+  const int64_t rows = columns == 0 ? 0 : values / columns;
+  if (rows * columns != values || static_cast<int64_t>(lhs.element_count()) != rows * depth ||
+      static_cast<int64_t>(packed.element_count()) != aqt::PackedBytes(depth, columns)) {
+    return ffi::Error::InvalidArgument("the operands do not fit " + std::to_string(depth) + " x " +
+                                       std::to_string(columns));
+  }
+  aqt::Multiply({lhs.typed_data(), packed.typed_data(), out->typed_data(), rows, depth, columns},
+                *with, pool.num_threads() - 1,
+                [&](std::function<void()> task) { pool.Schedule(std::move(task)); });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+// Whether this processor has the instruction set of that name.
+extern "C" bool aqt_supported(const char* name) {
+  const aqt::InstructionSet* found = Find(name);
+  return found != nullptr && found->supported();
+}
+
+// Computes with the instruction set of that name from now on; it has to be supported.
+extern "C" void aqt_use(const char* name) { used.store(Find(name)); }
+
+// One product, in so many threads, with an instruction set that has to be supported.
+extern "C" void aqt_multiply(const char* name, int64_t threads, const int8_t* lhs,
+                             const int8_t* packed, int32_t* out, int64_t rows, int64_t depth,
+                             int64_t columns) {
+  std::vector<std::thread> others;
+  aqt::Multiply({lhs, packed, out, rows, depth, columns}, *Find(name), threads - 1,
+                [&](std::function<void()> task) { others.emplace_back(std::move(task)); });
+  for (std::thread& other : others) other.join();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(aqt_int8_matmul, Int8Matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Attr<int64_t>("depth")
+                                  .Attr<int64_t>("columns"));
