@@ -1,5 +1,6 @@
 """The gRPC door: calls of the service to `Service.answer`, and its errors to statuses."""
 
+import asyncio
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -73,7 +74,11 @@ class Door:
             except Exception as error:
                 code, sentence = status_of(error)
                 details = details_of(error)
-            await context.abort(code, sentence, details)
+            try:
+                await context.abort(code, sentence, details)
+            except grpc.aio.InternalError:
+                # The caller has gone meanwhile, and gRPC would log that as a defect of ours.
+                raise asyncio.CancelledError from None
 
         return unary
 

@@ -36,7 +36,9 @@ class _Aborted(Exception):
     pass
 
 
-class _Context:
+class Context:
+    """What gRPC gives a handler with a call."""
+
     def invocation_metadata(self):
         return ()
 
@@ -56,14 +58,14 @@ class Inside:
 
     def __init__(self, door: Door):
         handlers = door.handlers()
-        self._infer = handlers.service(Details(f"/{SERVICE_NAME}/ModelInfer")).unary_unary
+        self.infer = handlers.service(Details(f"/{SERVICE_NAME}/ModelInfer")).unary_unary
         self.statuses = collections.Counter[str]()
 
     async def send(self, sent: bytes) -> str:
         """The status that answers `sent`."""
-        context = _Context()
+        context = Context()
         try:
-            (await self._infer(sent, context)).SerializeToString()
+            (await self.infer(sent, context)).SerializeToString()
             status = grpc.StatusCode.OK.name
         except _Aborted:
             status = context.code.name

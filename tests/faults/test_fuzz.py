@@ -2,6 +2,7 @@
 
 import asyncio
 
+import grpc
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
@@ -11,7 +12,7 @@ from aqt_protos import open_inference_pb2 as pb
 from bundles import FEATURES, write_linear
 from faults.amount import amount
 from faults.fuzz import fuzz_bodies, fuzz_inside
-from faults.inside import REFUSALS, inside
+from faults.inside import REFUSALS, Context, inside
 from faults.mutations import seeds
 
 pytestmark = pytest.mark.slow
@@ -82,6 +83,19 @@ def test_drawn_messages_get_a_status(repository):
                 assert status == "OK" or status in REFUSALS
 
             await asyncio.to_thread(one)
+
+    asyncio.run(check())
+
+
+def test_who_has_gone_when_it_is_refused_is_no_defect(repository):
+    class Gone(Context):
+        async def abort(self, code, sentence, details=()):
+            raise grpc.aio.InternalError("the call was cancelled")
+
+    async def check():
+        async with inside(repository) as door:
+            with pytest.raises(asyncio.CancelledError):
+                await door.infer(b"\xff", Gone())
 
     asyncio.run(check())
 
