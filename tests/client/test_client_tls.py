@@ -7,8 +7,11 @@ import subprocess
 import grpc
 import numpy as np
 import pytest
+import typer
+import typer.testing
 
 import aqt_client
+from aqt_cli.predict import predict
 from client.connecting import BOTH
 from client.fake_server import BOUND_S, FakeServer
 
@@ -127,3 +130,33 @@ def test_a_server_can_ask_who_calls(connect, own, other):
         ):
             client.is_live()
     assert len(server.calls) == 1
+
+
+@BOTH
+def test_several_servers_are_encrypted_too(connect, own):
+    with (
+        FakeServer(credentials=served_by(own)) as one,
+        FakeServer(credentials=served_by(own)) as other,
+    ):
+        addresses = [f"localhost:{one.port}", f"localhost:{other.port}"]
+        with connect(addresses, credentials=trusting(own), token="secret") as client:
+            assert client.infer("identity", {"x": np.arange(3)}).exact
+        (call,) = one.calls + other.calls
+        assert call.metadata["authorization"] == "Bearer secret"
+
+
+def test_predict_shows_its_certificate(own, tmp_path):
+    (tmp_path / "certificate.pem").write_bytes(own.certificate)
+    (tmp_path / "key.pem").write_bytes(own.key)
+    np.savez(tmp_path / "x.npz", x=np.ones((1, 3), np.float32))
+    app = typer.Typer()
+    app.command()(predict)
+    with FakeServer(credentials=served_by(own, clients=own)) as server:
+        server.model.inputs.add(name="x", datatype="FP32", shape=[-1, 3])
+        given = ("identity", "--inputs", tmp_path / "x.npz", "--timeout", 5)
+        given += ("--server", f"localhost:{server.port}", "--ca", tmp_path / "certificate.pem")
+        mine = ("--certificate", tmp_path / "certificate.pem", "--key", tmp_path / "key.pem")
+        runner = typer.testing.CliRunner()
+        done = runner.invoke(app, [str(word) for word in (*given, *mine)])
+        assert done.exit_code == 0, done.output
+        assert runner.invoke(app, [str(word) for word in (*given, "--timeout", 0.5)]).exit_code == 1

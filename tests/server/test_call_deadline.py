@@ -41,6 +41,7 @@ class OneModel:
             bucket_rows=(4,),
             workspace_nbytes=0,
             batcher=Batcher(self._compute, max_batch_rows=4, queue_rows=8, statistics=statistics),
+            cache=None,
             statistics=statistics,
         )
 
