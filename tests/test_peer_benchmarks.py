@@ -1,8 +1,11 @@
 """Peers are told what to prepare, checked, timed in turns, and held against the marks."""
 
+import sys
+
 import numpy as np
 import pytest
 
+from benchmarks import memory
 from benchmarks.compiled import bytes_accessed
 from benchmarks.peers import environments, layers, report, rounds
 from benchmarks.peers.process import Peer, PeerError, Seconds, started
@@ -73,3 +76,12 @@ def test_a_worker_computes_is_timed_and_tells_what_went_wrong(tmp_path):
 def test_served_weights_are_read_in_int8_and_not_widened(shape):
     served, in_float = bytes_accessed(shape)
     assert served < 0.6 * in_float
+
+
+@pytest.mark.slow
+def test_the_peak_is_of_the_command_and_not_of_what_started_it():
+    held = np.ones(300_000_000, np.uint8)
+    waits = "import time; held = bytearray(b'1' * {}); time.sleep(0.3)"
+    small, large = (memory.peak(sys.executable, "-c", waits.format(n)) for n in (1, 100_000_000))
+    assert small < held.nbytes
+    assert 100_000_000 <= large - small < held.nbytes
