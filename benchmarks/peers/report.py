@@ -47,7 +47,8 @@ def report(
 ) -> None:
     """Prints all tables by their titles, and the marks; writes the JSON file."""
     style = box.MARKDOWN if options.markdown else box.SIMPLE_HEAD
-    console = Console(width=max(200, Console().width))
+    # A table of Markdown may not be wrapped.
+    console = Console(width=1000 if options.markdown else max(200, Console().width))
     for title, results in tables.items():
         console.print(f"{title}\n", highlight=False)
         console.print(_table(results, style))
