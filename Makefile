@@ -7,12 +7,14 @@ PYPROJECTS := $(PROJECTS:%=%/pyproject.toml)
 NATIVE := hatch_build.py $(wildcard aqt_engine/kernels/native/*.cc aqt_engine/kernels/native/*.h)
 OURS := --no-emit-package aqt-engine --no-emit-package aqt-protos --no-emit-package aqt-client \
 	--no-emit-package aqt-server
+RESOLVE := $(BIN)/uv pip compile --quiet $(PYPROJECTS) --extra otlp --extra report $(OURS)
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-annotate --no-header $(OURS)
 
 .PHONY: demo zoo papers attack faults fuzz soak bench-overload test check fmt proto lock clean
 .PHONY: differential bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness
 .PHONY: deploy-test image-test manifests
+.PHONY: wheels test-latest test-minimum docs notebook
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
 	$(BIN)/python -m examples.digits.demo
@@ -104,6 +106,33 @@ lock: .venv/installed  ## resolves pyproject.toml to versions and hashes again
 	$(COMPILE) server/pyproject.toml -c requirements.txt --extra tpu -o requirements-tpu.txt
 	$(COMPILE) -c requirements.txt --group build -o requirements-build.txt
 	$(COMPILE) -c requirements.txt --group deploy -o requirements-deploy.txt
+	$(COMPILE) -c requirements.txt --group docs -o requirements-docs.txt
+
+wheels: .venv/installed  ## the wheels of our distributions, into out/wheels
+	rm -rf out/wheels
+	for folder in $(PROJECTS); do \
+		(cd $$folder && $(CURDIR)/$(BIN)/python -m hatchling build -t wheel -d $(CURDIR)/out/wheels) \
+		|| exit 1; done
+
+# The wheels in an environment of their own, and the fast tests there. Deprecations are between
+# packages of unlike age then.
+test-latest: RESOLUTION := highest  ## with the newest dependencies there are
+test-minimum: RESOLUTION := lowest-direct  ## with the oldest that pyproject.toml allows
+test-latest test-minimum: wheels
+	rm -rf out/$@ && $(BIN)/uv venv --quiet --python $(BIN)/python out/$@
+	$(RESOLVE) --resolution $(RESOLUTION) -o out/$@/requirements.txt
+	$(RESOLVE) --group dev -c out/$@/requirements.txt -o out/$@/requirements-test.txt
+	$(BIN)/uv pip install --quiet --python out/$@ -r out/$@/requirements-test.txt
+	$(BIN)/uv pip install --quiet --python out/$@ --no-deps out/wheels/*.whl
+	out/$@/bin/python -m pytest -q -n 2 -m "not slow" -W ignore::DeprecationWarning
+
+docs: out/docs-venv/installed  ## the documentation, into out/site
+	$(BIN)/python docs/make/figures.py out/docs/figures
+	$(BIN)/python docs/make/messages.py out/docs/reference/messages.md
+	out/docs-venv/bin/mkdocs build --strict
+
+notebook: out/docs-venv/installed  ## runs the notebooks from top to bottom, into out/notebooks
+	out/docs-venv/bin/python docs/make/notebooks.py examples/notebooks out/notebooks
 
 lock-peers: .venv/installed  ## the same for the peers; UV_FIND_LINKS says where PyTorch for CPUs is
 	for name in onnxruntime openvino torch mlserver kserve triton; do \
@@ -125,4 +154,12 @@ clean:
 out/deploy-venv/installed: requirements-deploy.txt
 	$(PYTHON) -m venv out/deploy-venv
 	out/deploy-venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	touch $@
+
+# It sees what .venv has, so that notebooks find the project: the versions of both are alike.
+out/docs-venv/installed: requirements-docs.txt .venv/installed
+	$(PYTHON) -m venv out/docs-venv
+	out/docs-venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	cd out/docs-venv/lib/python3*/site-packages && \
+		echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python3*/site-packages)')" > project.pth
 	touch $@
