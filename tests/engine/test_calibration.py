@@ -31,7 +31,7 @@ ALL = [
     AbsMeanCalibration(3.0),
     ConstantCalibration(2.7, 0.3),
     PercentileCalibration(90.0),
-    SnrCalibration(),
+    SnrCalibration((1.0, 0.8, 0.5)),
     MseCalibration(2.4),
     MinMaxCalibration(),
 ]

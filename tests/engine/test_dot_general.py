@@ -68,9 +68,11 @@ def test_integers_and_scales_are_those_of_numpy(case):
     expected = total.astype(np.float32)
     for scale, kept in zip(squeezed, letters, strict=True):
         expected = expected * to_output(scale, kept).astype(np.float32)
-    found = dot_general(
-        jnp.asarray(case.lhs), jnp.asarray(case.rhs), case.dimension_numbers, config=INT8
+    # Compiled whole: a compilation for each operation would take five times as long.
+    contraction = functools.partial(
+        dot_general, dimension_numbers=case.dimension_numbers, config=INT8
     )
+    found = jax.jit(contraction)(jnp.asarray(case.lhs), jnp.asarray(case.rhs))
     assert_same_bits(found, expected.astype(np.float32))
 
 
@@ -86,6 +88,7 @@ def straight_through(lhs, rhs, g):
     return g @ rhs.T, lhs.T @ g
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def gradients(c, lhs, rhs, g, key=None):
     contraction = functools.partial(c, dimension_numbers=MATMUL, context=Context(key=key))
     return jax.vjp(contraction, lhs, rhs)[1](g)
@@ -151,6 +154,7 @@ def test_value_and_gradient_are_the_same_under_transformations(transform):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_needs_a_key_only_where_it_rounds():
     lhs, rhs = operands()
     c = config.fully_quantized()

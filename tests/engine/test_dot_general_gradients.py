@@ -33,7 +33,13 @@ def gradients(c, dimension_numbers, lhs, rhs, g, key=None):
 
 
 def matmul_gradients(c):
+    """Not compiled, or each operation by itself."""
     return functools.partial(gradients, c, AXES)
+
+
+@functools.cache
+def compiled_gradients(c):
+    return jax.jit(matmul_gradients(c))
 
 
 def arguments(seed=0, batch=()):
@@ -124,8 +130,8 @@ def test_the_gradient_of_a_weight_is_summed_from_int8_and_not_widened_first():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_in_the_gradient_spoils_the_row_and_column_of_its_scales(bad):
     lhs, rhs, g = arguments()
-    clean = matmul_gradients(QUANTIZED)(lhs, rhs, g)
-    dlhs, drhs = matmul_gradients(QUANTIZED)(lhs, rhs, g.at[2, 1].set(bad))
+    clean = compiled_gradients(QUANTIZED)(lhs, rhs, g)
+    dlhs, drhs = compiled_gradients(QUANTIZED)(lhs, rhs, g.at[2, 1].set(bad))
     assert np.isnan(dlhs[2]).all()
     assert np.isnan(drhs[:, 1]).all()
     assert_same_bits(np.delete(dlhs, 2, 0), np.delete(clean[0], 2, 0))
@@ -135,9 +141,9 @@ def test_what_is_not_finite_in_the_gradient_spoils_the_row_and_column_of_its_sca
 @pytest.mark.slow
 def test_a_nan_in_an_operand_spoils_the_other_sides_gradient_and_not_its_own():
     lhs, rhs, g = arguments()
-    clean = matmul_gradients(QUANTIZED)(lhs, rhs, g)
+    clean = compiled_gradients(QUANTIZED)(lhs, rhs, g)
     # The row's scale is NaN, and is multiplied into the gradient that all columns sum over.
-    dlhs, drhs = matmul_gradients(QUANTIZED)(lhs.at[2, 3].set(np.nan), rhs, g)
+    dlhs, drhs = compiled_gradients(QUANTIZED)(lhs.at[2, 3].set(np.nan), rhs, g)
     assert_same_bits(dlhs, clean[0])
     assert np.isnan(drhs).all()
 
@@ -153,7 +159,7 @@ def test_a_nan_on_the_right_spoils_its_column():
 @pytest.mark.slow
 def test_zero_gradients_are_zeros():
     lhs, rhs, g = arguments()
-    for found in matmul_gradients(QUANTIZED)(lhs, rhs, jnp.zeros_like(g)):
+    for found in compiled_gradients(QUANTIZED)(lhs, rhs, jnp.zeros_like(g)):
         assert not np.asarray(found).any()
 
 

@@ -39,7 +39,7 @@ def operands(lhs, rhs, seed=0):
 @pytest.mark.parametrize(("equation", "lhs", "rhs"), EQUATIONS)
 def test_in_float_it_is_numpys(equation, lhs, rhs):
     a, b = operands(lhs, rhs)
-    found = einsum(equation, a, b, config=DotGeneral())
+    found = jax.jit(lambda a, b: einsum(equation, a, b, config=DotGeneral()))(a, b)
     expected = np.einsum(equation, a, b)
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
@@ -94,7 +94,7 @@ def equations(draw):
 def test_any_equation_is_numpys(case):
     equation, lhs, rhs = case
     a, b = operands(lhs, rhs)
-    found = einsum(equation, a, b, config=DotGeneral())
+    found = jax.jit(lambda a, b: einsum(equation, a, b, config=DotGeneral()))(a, b)
     expected = np.einsum(equation, a, b)
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
@@ -121,7 +121,8 @@ def test_scales_are_shared_along_the_letters_that_are_summed(
         return rounded.astype(np.float64) * scale
 
     a, b = operands(lhs, rhs)
-    found = einsum(equation, a, b, config=config.config_v4(8, None, None))
+    c = config.config_v4(8, None, None)
+    found = jax.jit(lambda a, b: einsum(equation, a, b, config=c))(a, b)
     left, right = dequantized(a, lhs_axes), dequantized(b, rhs_axes)
     # Exact integers, and three roundings to float32: of the sum, and of a product by each scale.
     expected = np.einsum(equation, left, right)

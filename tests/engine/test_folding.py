@@ -132,7 +132,14 @@ def test_a_linen_model_needs_no_modes():
     }
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, jax.jit], ids=["", "remat", "jit"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        pytest.param(lambda f: f, id="plain"),
+        pytest.param(jax.checkpoint, id="remat", marks=pytest.mark.slow),
+        pytest.param(jax.jit, id="jit", marks=pytest.mark.slow),
+    ],
+)
 def test_layers_that_are_scanned_over(wrap):
     def layers(v, x):
         @wrap
@@ -156,6 +163,7 @@ def test_layers_that_are_scanned_over(wrap):
     }
 
 
+@pytest.mark.slow
 def test_scans_in_scans_and_slices_by_a_counter():
     def nested(v, x):
         def outer(h, ws):

@@ -96,7 +96,11 @@ def test_what_no_layer_has_an_op_for_is_reported():
     assert [c.hint is None for c in report.contractions] == [False]
 
 
-@pytest.mark.parametrize("kind", ["dot_general", "general", "einsum", "conv"])
+def slow(*kinds):
+    return [pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
+@pytest.mark.parametrize("kind", ["dot_general", *slow("general", "einsum", "conv")])
 def test_the_bits_are_those_of_linen(kind):
     rngs = nnx.Rngs(0)
     if kind == "dot_general":
@@ -186,6 +190,7 @@ def test_calibrations_that_learn_in_training_stop_in_evaluation():
     assert [*counts, int(model.dot_general.statistics["lhs"]["count"][...])] == [1, 2, 2]
 
 
+@pytest.mark.slow
 def test_attention_keeps_no_statistics():
     with pytest.raises(ValueError, match="keep no statistics"):
         aqt_nnx.quantize(Model(nnx.Rngs(0)), everywhere(STATIC))

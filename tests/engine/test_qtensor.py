@@ -42,6 +42,7 @@ def test_a_part_under_jit_and_out_of_axes():
         q[0, 0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(1,), (0, 2), (2,)])
 def test_a_dynamic_slice_and_its_update(axes):
     q = quantized(axes=axes)

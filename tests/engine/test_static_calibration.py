@@ -116,6 +116,7 @@ def test_outside_of_a_module_there_is_nowhere_to_learn():
         c(x, x.T, (((1,), (0,)), ((), ())))
 
 
+@pytest.mark.slow
 def test_only_calibrating_moves_a_mean_of_absmax():
     x = inputs()
     variables = Mlp().init(jax.random.key(0), x)
@@ -196,6 +197,7 @@ def test_a_model_without_statistics_has_nothing_to_calibrate():
         calibrate(dynamic, variables, [{"x": x}])
 
 
+@pytest.mark.slow
 def test_shards_are_served_as_they_were_trained():
     shards = config.LocalAqt(contraction_axis_shard_count=4)
     c = config.update(config.config_v4(), "fwd", local_aqt=shards)
