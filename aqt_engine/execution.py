@@ -31,6 +31,7 @@ from aqt_engine.kernels.substitution import Packing, Substituted, substituted
 from aqt_engine.manifest import LengthBucket
 
 Array = np.ndarray[Any, Any]
+_ALIGNMENT = 64
 
 
 class Mode(enum.StrEnum):
@@ -44,6 +45,14 @@ def tile_buckets(max_rows: int, tile: int) -> tuple[int, ...]:
     """Numbers of tiles to compile for, so that `max_rows` rows fit: powers of two from 1."""
     last = max(0, math.ceil(math.log2(max(1, math.ceil(max_rows / tile)))))
     return tuple(2**i for i in range(last + 1))
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Zeros at an address that executables on a CPU read from; others they copy."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 class Program:
@@ -193,7 +202,7 @@ class Program:
         padded: list[Array] = []
         for spec in self.manifest.inputs:
             whole = spec.with_rows(bucket * tile, sizes)
-            array = np.zeros(whole.shape, whole.dtype)
+            array = aligned_zeros(whole.shape, whole.dtype)
             array[:rows] = inputs[spec.name]
             padded.append(array.reshape(self._laid_out(whole.shape)))
         self.compile(bucket, length_bucket)

@@ -15,7 +15,7 @@ from jax import export, lax
 
 from aqt_engine import bundle, graphs
 from aqt_engine.convertible import Leaf, Serving
-from aqt_engine.execution import Mode, Program, tile_buckets
+from aqt_engine.execution import Mode, Program, aligned_zeros, tile_buckets
 from engine.contractions import assert_same_bits
 
 pytestmark = pytest.mark.slow
@@ -310,3 +310,14 @@ def test_why_there_is_no_graph_for_any_number_of_rows_is_told(loaded):
     told = dataclasses.replace(loaded.manifest, not_batched=made.not_batched)
     with pytest.raises(bundle.BundleError, match=r"cannot be traced so \(\w+Error: .*rows"):
         Program(dataclasses.replace(loaded, manifest=told), max_rows=TILE, mode=Mode.FAST)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", "bool", "bfloat16"])
+def test_a_batch_lies_where_an_executable_reads_it(dtype):
+    batch = aligned_zeros((3, 2, 5), np.dtype(dtype))
+    assert batch.shape == (3, 2, 5)
+    assert batch.dtype == dtype
+    assert not batch.any()
+    placed = jax.device_put(batch)
+    if placed.devices().pop().platform == "cpu":
+        assert placed.unsafe_buffer_pointer() == batch.ctypes.data
