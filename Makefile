@@ -13,7 +13,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 
 
 .PHONY: demo zoo papers attack faults fuzz soak bench-overload test check fmt proto lock clean
 .PHONY: differential bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness
-.PHONY: deploy-test image-test manifests
+.PHONY: deploy-test image-test manifests ray-test
 .PHONY: wheels test-latest test-minimum docs notebook
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
@@ -89,6 +89,9 @@ deploy-test: out/deploy-venv/installed  ## containers, Kubernetes and Helm, by t
 image-test: .venv/installed  ## builds the image and runs it: needs root, buildah and debootstrap
 	$(BIN)/python -m pytest -q -s deploy/image
 
+ray-test: out/ray-venv/installed  ## replicas behind Ray Serve, one of them killed: docs/deployment.md
+	PYTHONPATH=deploy/ray:tests out/ray-venv/bin/python -m pytest -q -s -W default deploy/ray
+
 manifests: out/deploy-venv/installed  ## renders the Helm chart to deploy/kubernetes
 	out/deploy-venv/bin/python deploy/helm/render.py
 
@@ -104,6 +107,7 @@ lock: .venv/installed  ## resolves pyproject.toml to versions and hashes again
 	$(COMPILE) server/pyproject.toml -c requirements.txt -o requirements-serve.txt
 	$(COMPILE) server/pyproject.toml -c requirements.txt --extra cuda -o requirements-cuda.txt
 	$(COMPILE) server/pyproject.toml -c requirements.txt --extra tpu -o requirements-tpu.txt
+	$(COMPILE) server/pyproject.toml -c requirements.txt --group ray -o requirements-ray.txt
 	$(COMPILE) -c requirements.txt --group build -o requirements-build.txt
 	$(COMPILE) -c requirements.txt --group deploy -o requirements-deploy.txt
 	$(COMPILE) -c requirements.txt --group docs -o requirements-docs.txt
@@ -162,4 +166,10 @@ out/docs-venv/installed: requirements-docs.txt .venv/installed
 	out/docs-venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	cd out/docs-venv/lib/python3*/site-packages && \
 		echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python3*/site-packages)')" > project.pth
+	touch $@
+
+out/ray-venv/installed: requirements-ray.txt
+	$(PYTHON) -m venv out/ray-venv
+	out/ray-venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	out/ray-venv/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps $(PROJECTS:%=-e ./%)
 	touch $@

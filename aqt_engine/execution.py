@@ -12,6 +12,9 @@ depend on how many rows that has.
 
 On a CPU, int8 contractions with weights are computed by a kernel, where there is one (`kernels`),
 and weights are kept as it reads them.
+
+In mode EXACT a program may have several devices (`layout`): copies of it, each of which takes its
+share of the tiles, and shards of the weights of each. They compute without the kernel.
 """
 
 import enum
@@ -23,11 +26,13 @@ from typing import Any, cast
 import jax
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from aqt_engine import lengths
 from aqt_engine.bundle import Bundle, BundleError
 from aqt_engine.kernels import library
 from aqt_engine.kernels.substitution import Packing, Substituted, substituted
+from aqt_engine.layout import COPIES, Layout, replicating
 from aqt_engine.manifest import LengthBucket
 
 Array = np.ndarray[Any, Any]
@@ -41,10 +46,14 @@ class Mode(enum.StrEnum):
     FAST = "fast"
 
 
-def tile_buckets(max_rows: int, tile: int) -> tuple[int, ...]:
-    """Numbers of tiles to compile for, so that `max_rows` rows fit: powers of two from 1."""
-    last = max(0, math.ceil(math.log2(max(1, math.ceil(max_rows / tile)))))
-    return tuple(2**i for i in range(last + 1))
+def tile_buckets(max_rows: int, tile: int, layout: Layout = Layout()) -> tuple[int, ...]:
+    """Numbers of tiles to compile for, so that `max_rows` rows fit: powers of two.
+
+    The first is one tile for each copy.
+    """
+    tiles = math.ceil(max_rows / tile / layout.copies)
+    last = max(0, math.ceil(math.log2(max(1, tiles))))
+    return tuple(layout.copies * 2**i for i in range(last + 1))
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -60,15 +69,22 @@ class Program:
 
     Calling it is thread-safe, and in mode EXACT exact: each row's answer has the same bits for
     every number of rows, every position and every neighbor. In this mode contractions are computed
-    by the int8 kernel where it can, unless `kernel` is False.
+    by the int8 kernel where it can, unless `kernel` is False or `layout` is of several devices.
 
     Raises:
       BundleError: the bundle was lowered for other platforms, or has no graph for mode FAST.
-      ValueError: `AQT_KERNELS` asks for a kernel that is not there.
+      ValueError: `AQT_KERNELS` asks for a kernel that is not there; or there are fewer devices than
+        the layout takes, or it is of several in mode FAST.
     """
 
     def __init__(
-        self, bundle: Bundle, *, max_rows: int, mode: Mode = Mode.EXACT, kernel: bool = True
+        self,
+        bundle: Bundle,
+        *,
+        max_rows: int,
+        mode: Mode = Mode.EXACT,
+        kernel: bool = True,
+        layout: Layout = Layout(),
     ):
         platform = jax.default_backend()
         lowered_for = {"gpu": "cuda"}.get(platform, platform)
@@ -79,7 +95,9 @@ class Program:
             )
         self.manifest = bundle.manifest
         self.mode = mode
-        self.buckets = tile_buckets(max_rows, bundle.manifest.tile)
+        if mode is Mode.FAST and layout.devices > 1:
+            raise ValueError("mode fast computes on one device: lay it out on one")
+        self.buckets = tile_buckets(max_rows, bundle.manifest.tile, layout)
         graphs = bundle.graphs if mode is Mode.EXACT else bundle.batched
         if not graphs:
             why = bundle.manifest.not_batched
@@ -88,7 +106,10 @@ class Program:
                 f"cannot be traced so{f' ({why})' if why else ''}; serve it in mode exact, or let "
                 "the model read its number of rows from a shape and convert again"
             )
-        kernel = kernel and mode is Mode.EXACT
+        self._mesh = layout.mesh() if layout.devices > 1 else None
+        if layout.shards > 1:
+            graphs = {bucket: replicating(graph, layout) for bucket, graph in graphs.items()}
+        kernel = kernel and mode is Mode.EXACT and self._mesh is None
         self._graphs = {
             bucket: substituted(graph, len(bundle.weights)) if kernel else Substituted(graph=graph)
             for bucket, graph in graphs.items()
@@ -96,7 +117,10 @@ class Program:
         used = any(graph.packed for graph in self._graphs.values())
         self.kernel = library.instruction_set() if used else None
         """The instruction set of the kernel that computes contractions; None if XLA does all."""
-        self._weights = _placed(bundle.weights, self._graphs)
+        places = [
+            self._mesh and layout.of_weight(self._mesh, spec) for spec in bundle.manifest.weights
+        ]
+        self._weights = _placed(bundle.weights, places, self._graphs)
         self._executables: dict[tuple[LengthBucket, int], Callable[..., Sequence[jax.Array]]] = {}
         self.workspace_nbytes = 0
         """Bytes beside the weights that the hungriest of the compiled executables computes in."""
@@ -130,15 +154,38 @@ class Program:
         whole = [
             spec.with_rows(bucket * self.manifest.tile, sizes) for spec in self.manifest.inputs
         ]
-        inputs = [jax.ShapeDtypeStruct(self._laid_out(s.shape), s.dtype) for s in whole]
-        compiled = jax.jit(forward).lower(placed, inputs).compile()
+        shapes = [(self._laid_out(spec.shape), spec.dtype) for spec in whole]
+        compiled = self._lowered(forward, placed, shapes).compile()
         if told := compiled.memory_analysis():
             taken = (
                 told.argument_size_in_bytes + told.output_size_in_bytes + told.temp_size_in_bytes
             )
-            beside = taken - sum(w.nbytes for w in placed)
+            beside = taken - sum(w.addressable_shards[0].data.nbytes for w in placed)
             self.workspace_nbytes = max(self.workspace_nbytes, beside)
         return compiled
+
+    def _lowered(
+        self,
+        forward: Callable[..., list[jax.Array]],
+        weights: list[jax.Array],
+        inputs: Sequence[tuple[tuple[int, ...], np.dtype[Any]]],
+    ) -> Any:
+        """`forward` for inputs of these shapes and dtypes, over the devices that there are."""
+        if self._mesh is None:
+            structs = [jax.ShapeDtypeStruct(*of) for of in inputs]
+            return jax.jit(forward).lower(weights, structs)
+        tiles = PartitionSpec(COPIES)
+        sharding = NamedSharding(self._mesh, tiles)
+        structs = [jax.ShapeDtypeStruct(*of, sharding=sharding) for of in inputs]
+        mapped = jax.shard_map(
+            forward,
+            mesh=self._mesh,
+            in_specs=(PartitionSpec(), tiles),
+            out_specs=tiles,
+            axis_names={COPIES},
+            check_vma=False,
+        )
+        return jax.jit(mapped, out_shardings=sharding).lower(weights, structs)
 
     def _laid_out(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """`shape`, of whole tiles of rows, as an executable takes it."""
@@ -215,15 +262,19 @@ class Program:
 
 
 def _placed(
-    weights: Sequence[Array], graphs: Mapping[LengthBucket, Substituted]
+    weights: Sequence[Array],
+    places: Sequence[Sharding | None],
+    graphs: Mapping[LengthBucket, Substituted],
 ) -> dict[LengthBucket, list[jax.Array]]:
-    """The weights on the device as each graph takes them; what several take alike is there once."""
+    """The weights in their places, as each graph takes them; what several take is there once."""
     placed: dict[tuple[int, Packing | None], jax.Array] = {}
 
     def place(index: int, packing: Packing | None) -> jax.Array:
         if (index, packing) not in placed:
             weight = weights[index]
-            placed[index, packing] = jax.device_put(packing(weight) if packing else weight)
+            placed[index, packing] = jax.device_put(
+                packing(weight) if packing else weight, places[index]
+            )
         return placed[index, packing]
 
     return {

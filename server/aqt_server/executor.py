@@ -17,6 +17,7 @@ import numpy as np
 from aqt_engine import bundle, proof
 from aqt_engine.bundle import Arrays, Bundle, Manifest
 from aqt_engine.execution import Mode, Program, tile_buckets
+from aqt_engine.layout import Layout
 from aqt_server.memory import Memory, told, workspace
 
 _log = logging.getLogger(__name__)
@@ -40,12 +41,15 @@ class Executor:
         max_batch_rows: int,
         mode: Mode = Mode.EXACT,
         kernel: bool = True,
+        layout: Layout = Layout(),
     ):
         manifest = loaded.manifest
         arrays = itertools.chain(manifest.inputs, manifest.outputs, manifest.weights)
         self._in_64_bits = any(np.dtype(spec.dtype).itemsize == 8 for spec in arrays)
         with jax.enable_x64(self._in_64_bits):
-            self._program = Program(loaded, max_rows=max_batch_rows, mode=mode, kernel=kernel)
+            self._program = Program(
+                loaded, max_rows=max_batch_rows, mode=mode, kernel=kernel, layout=layout
+            )
             for length_bucket in manifest.length_buckets:
                 for bucket in self._program.buckets:
                     self._program.compile(bucket, length_bucket)
@@ -136,6 +140,7 @@ def load(
     mode: Mode,
     proof_s: float,
     memory: Memory,
+    layout: Layout = Layout(),
 ) -> Loaded:
     """The bundle at `path`, compiled for every bucket up to `max_batch_rows` and proved.
 
@@ -150,11 +155,13 @@ def load(
       InexactError: its answers here are not those of training, and `allow_inexact` is not set.
     """
     manifest = bundle.read_manifest(path)
-    most_rows = tile_buckets(max_batch_rows, manifest.tile)[-1] * manifest.tile
+    most_rows = tile_buckets(max_batch_rows, manifest.tile, layout)[-1] * manifest.tile
     memory.check(manifest, workspace=workspace(manifest, most_rows))
 
     def proved(kernel: bool) -> tuple[Executor, Proof]:
-        made = Executor(loaded, max_batch_rows=max_batch_rows, mode=mode, kernel=kernel)
+        made = Executor(
+            loaded, max_batch_rows=max_batch_rows, mode=mode, kernel=kernel, layout=layout
+        )
         memory.check(manifest, workspace=made.workspace_nbytes, copies=1)
         return made, made.prove(loaded, more_s=proof_s if mode is Mode.EXACT else 0)
 

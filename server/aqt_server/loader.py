@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from aqt_engine.bundle import BundleError
 from aqt_engine.execution import Mode
+from aqt_engine.layout import Layout
 from aqt_server import executor
 from aqt_server.directory import Key, OutsideError
 from aqt_server.memory import Memory, NoMemoryError, available
@@ -51,6 +52,7 @@ class Loader:
         self._models = settings.models
         self._memory_limit = settings.serving.model_memory_bytes
         self._available = available
+        self._layout = Layout(copies=settings.devices.copies, shards=settings.devices.shards)
         self._max_batch_rows = settings.batching.max_batch_rows
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
         self.loading = False
@@ -75,6 +77,7 @@ class Loader:
                 max_batch_rows=self._max_batch_rows,
                 allow_inexact=models.allow_inexact,
                 mode=Mode.FAST if fast else Mode.EXACT,
+                layout=Layout() if fast else self._layout,
                 proof_s=models.proof_s,
                 memory=Memory(limit=self._memory_limit, held=held, available=self._available),
             )

@@ -16,6 +16,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from aqt_engine.layout import Layout
 from aqt_protos import POOL, SERVICE_NAME
 from aqt_server import compiled, http, rest
 from aqt_server.fast_rpc import FastDoor, NotCompiledError
@@ -72,6 +73,10 @@ def run(settings: Settings) -> None:
         )
     compiled.keep_in(settings.models.compilation_cache)
     _allow_connections(settings)
+    try:
+        Layout(copies=settings.devices.copies, shards=settings.devices.shards).mesh()
+    except ValueError as error:
+        raise StartError(f"--copies and --shards: {error}") from error
     asyncio.run(_serve(settings, source))
 
 

@@ -10,6 +10,7 @@ from aqt_server.settings.access import Exempt as Exempt
 from aqt_server.settings.connections import Connections as Connections
 from aqt_server.settings.connections import Listen as Listen
 from aqt_server.settings.connections import Tls as Tls
+from aqt_server.settings.devices import Devices as Devices
 from aqt_server.settings.models import ModelControl as ModelControl
 from aqt_server.settings.models import Models as Models
 from aqt_server.settings.models import Serving as Serving
@@ -25,6 +26,7 @@ __all__ = [
     "Batching",
     "Connections",
     "Contradiction",
+    "Devices",
     "Exempt",
     "Limits",
     "Listen",

@@ -4,6 +4,7 @@ import dataclasses
 
 from aqt_server.settings.access import Access
 from aqt_server.settings.connections import Connections, Listen, Tls
+from aqt_server.settings.devices import Devices
 from aqt_server.settings.models import ModelControl, Models, Serving
 from aqt_server.settings.observe import Observe
 from aqt_server.settings.requests import Batching, Limits
@@ -23,6 +24,7 @@ class Settings:
     models: Models
     serving: Serving = Serving()
     batching: Batching = Batching()
+    devices: Devices = Devices()
     listen: Listen = Listen()
     connections: Connections = Connections()
     limits: Limits = Limits()
@@ -50,6 +52,11 @@ class Settings:
             raise Contradiction(
                 "{auth_policy} needs {auth_tokens}, {auth_jwks} or {tls_client_ca}, for else "
                 "nobody has a name"
+            )
+        if self.devices.copies & (self.devices.copies - 1):
+            raise Contradiction(
+                "{copies} has to be a power of two, as the sizes of batches are, and it is "
+                f"{self.devices.copies}"
             )
         if self.models.load_model and self.models.model_control is not ModelControl.EXPLICIT:
             raise Contradiction(

@@ -1,0 +1,139 @@
+"""On which devices a program computes: copies of it, and shards of their integer weights.
+
+With several copies, each has all weights and computes its share of a batch's tiles: the same
+instructions on the same shapes, so the same bits.
+
+With several shards, the integer weights are spread over devices, and each device contracts what it
+has. Only integers are ever added up across devices: every sum of an integer contraction is reduced
+in int32, before it is scaled, and integer sums do not depend on their order. All that is float is
+computed whole on each device, in the shapes that it has without shards; were it left to the
+partitioner, it would split float sums too, a mean or a variance, and those would change in their
+last bit. So the graph is told (`replicating`) that both ends of each integer contraction, and
+whatever turns from integers into floats, are whole on each device.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import sdy, stablehlo
+from jax.interpreters import mlir
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from aqt_engine.manifest import WeightSpec
+
+COPIES = "copies"
+SHARDS = "shards"
+_CONTRACTIONS = ("stablehlo.dot_general", "stablehlo.convolution")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """`copies` of a program, each over `shards` devices.
+
+    Raises:
+      ValueError: they are not positive, or `copies` is no power of two, as buckets of tiles are.
+    """
+
+    copies: int = 1
+    shards: int = 1
+
+    def __post_init__(self):
+        if self.copies < 1 or self.copies & (self.copies - 1) or self.shards < 1:
+            raise ValueError(
+                f"a program is laid out over a power of two of copies and at least one shard of "
+                f"each, and this is {self.copies} copies of {self.shards} shards"
+            )
+
+    @property
+    def devices(self) -> int:
+        """How many devices it takes."""
+        return self.copies * self.shards
+
+    def mesh(self) -> Mesh:
+        """The first devices of this process, by copy and shard.
+
+        Raises:
+          ValueError: there are not as many.
+        """
+        there = jax.local_devices()
+        if len(there) < self.devices:
+            raise ValueError(
+                f"{self.copies} copies of {self.shards} shards take {self.devices} devices, and "
+                f"there are {len(there)}: ask for fewer"
+            )
+        return Mesh(
+            np.array(there[: self.devices]).reshape(self.copies, self.shards), (COPIES, SHARDS)
+        )
+
+    def of_weight(self, mesh: Mesh, weight: WeightSpec) -> NamedSharding:
+        """Where a weight lies: an integer one in shards, along its first axis that they divide.
+
+        Of a kernel that is the contracted axis, so that each device has a part of every sum.
+        """
+        axis = None
+        if self.shards > 1 and weight.role == "qvalue" and "int" in weight.dtype:
+            axis = next((i for i, n in enumerate(weight.shape) if n % self.shards == 0), None)
+        names = [SHARDS if i == axis else None for i in range(len(weight.shape))]
+        return NamedSharding(mesh, PartitionSpec(*names))
+
+
+def replicating(graph: export.Exported, layout: Layout) -> export.Exported:
+    """`graph`, with all but its integer contractions computed whole on each device of `layout`."""
+    context = mlir.make_ir_context()
+    with context, ir.Location.unknown():
+        module = stablehlo.deserialize_portable_artifact(context, graph.mlir_module_serialized)
+        axes = ((COPIES, layout.copies), (SHARDS, layout.shards))
+        mesh = sdy.MeshAttr.get([sdy.MeshAxisAttr.get(*axis) for axis in axes])
+
+        def whole(value: Any) -> Any:
+            dims = [sdy.DimensionShardingAttr.get([], is_closed=True)] * value.type.rank
+            return sdy.ShardingConstraintOp(value, sdy.TensorShardingAttr.get(mesh, dims)).result
+
+        _visit(module.operation, lambda operation: _constrain(operation, whole))
+        version = stablehlo.get_current_version()
+        changed = stablehlo.serialize_portable_artifact(module, version, allow_other_dialects=True)
+    return dataclasses.replace(graph, mlir_module_serialized=changed)
+
+
+def _visit(operation: Any, visit: Callable[[Any], None]) -> None:
+    for region in operation.regions:
+        for block in region.blocks:
+            for inner in list(block.operations):
+                visit(inner.operation)
+                _visit(inner.operation, visit)
+
+
+def _constrain(operation: Any, whole: Callable[[Any], Any]) -> None:
+    """Puts `whole` around an integer contraction, and before what turns integers into floats."""
+    contracts = operation.name in _CONTRACTIONS and _is_integer(operation.results[0])
+    converts = operation.name == "stablehlo.convert" and _is_integer(operation.operands[0])
+    if contracts or (converts and not _is_integer(operation.results[0])):
+        with ir.InsertionPoint(operation):
+            for i, operand in enumerate(operation.operands):
+                if converts or _is_computed(operand):
+                    operation.operands[i] = whole(operand)
+    if contracts:
+        result = operation.results[0]
+        uses = [(use.owner, use.operand_number) for use in result.uses]
+        with ir.InsertionPoint.after(operation):
+            kept = whole(result)
+        for owner, i in uses:
+            owner.operands[i] = kept
+
+
+def _is_computed(value: Any) -> bool:
+    """Whether integers were made of floats here: activations were, and weights were not."""
+    made = value.owner
+    if isinstance(made, ir.Block):
+        return False
+    return any(not _is_integer(o) or _is_computed(o) for o in made.operands)
+
+
+def _is_integer(value: Any) -> bool:
+    kind = value.type
+    return isinstance(kind, ir.RankedTensorType) and isinstance(kind.element_type, ir.IntegerType)

@@ -1,0 +1,28 @@
+"""On which devices versions compute."""
+
+import dataclasses
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Devices:
+    """On which devices each version computes."""
+
+    copies: Annotated[
+        PositiveInt,
+        Field(
+            title="N",
+            description="of each version, a power of two, each on devices of its own: batches are "
+            "spread over them. Raise --max-batch-rows with it. Versions in mode fast have one",
+        ),
+    ] = 1
+    shards: Annotated[
+        PositiveInt,
+        Field(
+            title="N",
+            description="of the integer weights of each copy, on as many devices; for models that "
+            "one device cannot hold, as devices then wait for each other in every layer",
+        ),
+    ] = 1
