@@ -18,24 +18,6 @@ RUN apt-get update && apt-get install --yes --no-install-recommends binutils \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/aqt
 
-FROM pip AS wheel
-# What the fast door is compiled with.
-# hadolint ignore=DL3008
-RUN apt-get update && apt-get install --yes --no-install-recommends g++ libnghttp2-dev python3-dev \
-    && rm -rf /var/lib/apt/lists/*
-COPY requirements-build.txt ./
-RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    /opt/pip/bin/pip install --require-hashes -r requirements-build.txt
-COPY pyproject.toml README.md LICENSE ./
-COPY aqt_engine aqt_engine
-COPY cli cli
-COPY clients clients
-COPY protos protos
-COPY server server
-RUN /opt/pip/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels \
-        . ./protos ./clients/python ./server \
-    && /opt/pip/bin/pip --python /opt/aqt/bin/python install --no-deps /wheels/*.whl
-
 # The targets differ in what is installed here.
 FROM pip AS cpu-packages
 COPY requirements-serve.txt requirements.txt
@@ -54,6 +36,25 @@ COPY requirements-tpu.txt requirements.txt
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     /opt/pip/bin/pip --python /opt/aqt/bin/python install --require-hashes -r requirements.txt \
     && strip --strip-unneeded /opt/aqt/lib/python3.*/site-packages/jaxlib/libjax_common.so
+
+FROM pip AS wheel
+# What the fast door and the int8 kernel are compiled with; the kernel needs jaxlib's headers too.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ libnghttp2-dev python3-dev \
+    && rm -rf /var/lib/apt/lists/*
+COPY requirements-build.txt ./
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    /opt/pip/bin/pip install --require-hashes -r requirements-build.txt
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
+COPY aqt_engine aqt_engine
+COPY cli cli
+COPY clients clients
+COPY protos protos
+COPY server server
+RUN --mount=type=bind,from=cpu-packages,source=/opt/aqt/lib,target=/mnt \
+    PYTHONPATH="$(echo /mnt/python3.*/site-packages)" /opt/pip/bin/pip wheel \
+        --no-deps --no-build-isolation --wheel-dir /wheels . ./protos ./clients/python ./server \
+    && /opt/pip/bin/pip --python /opt/aqt/bin/python install --no-deps /wheels/*.whl
 
 FROM ${BASE} AS server
 # In /var/cache/aqt are the compiled executables, and copies of bundles from object stores.

@@ -112,8 +112,9 @@ def test_it_answers_with_the_bits_of_training(container, witness):
     assert differing(answer, witness) == 0
 
 
-def test_it_has_the_fast_door(container):
+def test_it_has_what_is_compiled(root, container):
     assert container.run("python", "-c", "import aqt_server._door").returncode == 0
+    assert list(root.glob("opt/aqt/lib/*/site-packages/aqt_engine/kernels/native/*.so"))
 
 
 def test_it_runs_without_rights_and_writes_to_its_volume_only(container):
