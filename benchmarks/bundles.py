@@ -1,8 +1,9 @@
 """The bundles that a benchmark runs on."""
 
 import contextlib
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from aqt_engine import QuantMode, config
+from aqt_engine import QuantMode, config, tiles
 from aqt_engine.convert import convert
 from aqt_engine.flax import AqtDotGeneral
 from examples.entry import Forward, forward_of
@@ -21,9 +22,23 @@ TINY_FEATURES = 16
 _TINY_TILE = 16
 
 
+def small_models(repository: Path) -> None:
+    """The small models of the zoo, at tiles of 16 rows, so that they are the same everywhere."""
+    for name in SMALL:
+        convert_untrained(MODELS[name], repository)
+
+
+def whole_zoo(repository: Path) -> None:
+    """Every model at its longest length, in the tile that `aqt convert` finds cheapest here."""
+    for name, model in MODELS.items():
+        print(f"converting {name}", file=sys.stderr, flush=True)
+        longest = model.with_lengths(model.lengths[-1])
+        convert_untrained(longest, repository, tile=tiles.measured)
+
+
 @contextlib.contextmanager
-def repository_or_zoo(repository: Path | None) -> Iterator[Path]:
-    """`repository`, or one of the small models of the zoo, which is made here and deleted.
+def repository_or_zoo(repository: Path | None, make: Callable[[Path], None]) -> Iterator[Path]:
+    """`repository`, or one that `make` fills with models of the zoo, and that is deleted.
 
     Their weights were not trained: that decides neither how fast they are nor which bits they have.
     """
@@ -31,8 +46,7 @@ def repository_or_zoo(repository: Path | None) -> Iterator[Path]:
         yield repository
         return
     with tempfile.TemporaryDirectory() as made:
-        for name in SMALL:
-            convert_untrained(MODELS[name], Path(made))
+        make(Path(made))
         yield Path(made)
 
 

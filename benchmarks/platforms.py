@@ -26,7 +26,7 @@ from rich.table import Table
 from aqt_engine import bundle, proof, witness
 from aqt_engine.convert import convert
 from aqt_engine.execution import Program
-from benchmarks.bundles import newest, repository_or_zoo
+from benchmarks.bundles import newest, repository_or_zoo, small_models
 from benchmarks.environment import described, environment
 from engine.portable_models import convnet
 
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     answers: dict[str, dict[str, np.ndarray]] = {}
     with (
-        repository_or_zoo(options.repository) as repository,
+        repository_or_zoo(options.repository, small_models) as repository,
         tempfile.TemporaryDirectory() as made,
     ):
         portable = Path(made) / "convnet, portable" / "1"

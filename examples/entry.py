@@ -35,6 +35,7 @@ class Model:
       quality: of a forward, on data that was held out of training.
       float_quality: the same of the model before quantization, or trained without.
       tile: the rows that are computed at once.
+      cost: of a row, very roughly, where that of a picture of a digit is 1.
       signature: the lengths that a request may have, and its scalars.
       made: what the factory stands for, where that is no linen model.
       calibration: inputs to learn static scales from, for a model that has them.
@@ -48,6 +49,7 @@ class Model:
     quality: Callable[[Forward], Quality]
     float_quality: Callable[[], Quality]
     tile: int = 16
+    cost: float = 1.0
     signature: Signature = Signature()  # noqa: RUF009 - frozen
     made: Callable[[], Convertible] | None = None
     calibration: Callable[[], Arrays] | None = None
@@ -57,6 +59,12 @@ class Model:
         """The buckets of its one symbolic dimension; (0,) for a model without one."""
         return tuple(next(iter(self.signature.lengths.values()), (0,)))
 
+    def with_lengths(self, *sizes: int) -> "Model":
+        """The same model, with these buckets of its symbolic dimension."""
+        lengths = {name: sizes for name in self.signature.lengths}
+        signature = dataclasses.replace(self.signature, lengths=lengths)
+        return dataclasses.replace(self, signature=signature)
+
     def convertible(self) -> Convertible:
         """What the factory names, as a model that can be converted."""
         if self.made is not None:
@@ -64,12 +72,16 @@ class Model:
         module, _, name = self.factory.partition(":")
         return LinenModel(getattr(importlib.import_module(module), name))
 
-    def training_forward(self, variables: Any) -> Forward:
+    def calibrated(self, variables: Any) -> Any:
+        """`variables` with the static scales that the model learns, if it learns any."""
+        if self.calibration is None:
+            return variables
+        return calibrate(self.convertible(), variables, in_chunks(self.calibration(), CHUNK))
+
+    def training_forward(self, calibrated: Any) -> Forward:
         """R: the model in TRAIN mode, compiled at the tile and at the request's own bucket."""
         model = self.convertible()
-        if self.calibration is not None:
-            variables = calibrate(model, variables, in_chunks(self.calibration(), CHUNK))
-        at_tile = forward_of(lambda v, **inputs: model.train(v, inputs), variables, self.tile)
+        at_tile = forward_of(lambda v, **inputs: model.train(v, inputs), calibrated, self.tile)
         return lambda inputs: at_tile(self._padded(inputs))
 
     def _padded(self, inputs: Arrays) -> Arrays:

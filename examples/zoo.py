@@ -15,7 +15,7 @@ import numpy as np
 from rich.table import Table
 
 from aqt_client import Client
-from aqt_engine import bundle, witness
+from aqt_engine import bundle, tiles, witness
 from aqt_engine.convert import convert
 from examples.digits.zoo import MODELS as DIGITS
 from examples.entry import Arrays, Forward, Model
@@ -26,8 +26,8 @@ from examples.search.zoo import MODELS as SEARCH
 from examples.sentences.zoo import MODELS as SENTENCES
 
 MODELS = {model.name: model for model in (*DIGITS, *SENTENCES, *LANGUAGE, *PATIENTS, *SEARCH)}
-# MiniLM takes seconds for what the others do in milliseconds.
-SMALL = tuple(name for name in MODELS if not name.startswith("minilm"))
+SMALL = tuple(name for name, model in MODELS.items() if model.cost < 100)
+"""Those that take milliseconds, where the others, MiniLM, take seconds."""
 
 OUT = Path("out/zoo")
 EXAMPLE_ROWS = 32
@@ -96,22 +96,24 @@ def make(model: Model, out: Path, *, fast: bool = False) -> Forward:
         *("convert", "--model", model.factory, "--checkpoint", files / "checkpoint"),
         *("--example", files / "example.npz", *options, "--output", converted),
     )
-    return model.training_forward(variables)
+    return model.training_forward(model.calibrated(variables))
 
 
-def convert_untrained(model: Model, repository: Path) -> Forward:
-    """Converts `model` at once, here, with weights that were not trained; gives its R.
+def convert_untrained(
+    model: Model, repository: Path, *, tile: int | tiles.Measure | None = None
+) -> Forward:
+    """Converts `model` at once, here, with weights that were not trained; gives its R at its tile.
 
-    For whom the bits matter and not the quality. Static scales are not learned.
+    For whom the bits matter, or the speed, and not the quality. `tile` may be another one.
     """
-    variables = model.variables(True)
+    variables = model.calibrated(model.variables(True))
     convert(
         model.convertible(),
         variables,
         _example(model),
         repository / model.name / "1",
         signature=model.signature,
-        tile=model.tile,
+        tile=model.tile if tile is None else tile,
     )
     return model.training_forward(variables)
 

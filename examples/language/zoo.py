@@ -52,6 +52,7 @@ MODELS = (
         inputs=inputs,
         quality=quality,
         float_quality=float_quality,
+        cost=10,
         signature=Signature(shapes={"text": ("batch", "length")}, lengths={"length": LENGTHS}),
     ),
 )

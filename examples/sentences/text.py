@@ -34,11 +34,12 @@ def sentences() -> dict[str, str]:
 
 def tokenize(texts: Sequence[str], length: int) -> dict[str, np.ndarray]:
     """`input_ids` and `attention_mask`, int32 (rows, length): cut or padded to `length` tokens."""
-    tokenizer = _tokenizer(length)
+    # The first and the last token mark both ends, and are not cut by the tokenizer.
+    tokenizer = _tokenizer(max(length, 2))
     encodings = tokenizer.encode_batch(list(texts))
     return {
-        "input_ids": np.array([e.ids for e in encodings], np.int32),
-        "attention_mask": np.array([e.attention_mask for e in encodings], np.int32),
+        "input_ids": np.array([e.ids[:length] for e in encodings], np.int32),
+        "attention_mask": np.array([e.attention_mask[:length] for e in encodings], np.int32),
     }
 
 

@@ -90,6 +90,7 @@ def _model(name: str, summary: str, *, static: bool = False) -> Model:
         inputs=inputs,
         quality=quality,
         float_quality=_float_quality,
+        cost=500,
         signature=Signature(
             shapes={name: ("batch", "length") for name in ("input_ids", "attention_mask")},
             lengths={"length": LENGTHS},

@@ -20,7 +20,7 @@ from rich.table import Table
 from exactness.attack import Disturbance, Tally, attack
 from exactness.pools import Pool, convert_all
 from exactness.replica import Replica, two_replicas
-from examples.zoo import SMALL
+from examples.zoo import MODELS
 
 LINE = 1000
 """Requests for each line of progress where there is no terminal for a bar."""
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=100_000, help="to send at least")
     parser.add_argument("--minutes", type=float, default=math.inf, help="to go on at most")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**32))
-    parser.add_argument("--models", nargs="+", default=SMALL, metavar="NAME")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
     parser.add_argument("--rounds", type=int, default=3, help="of every disturbance")
     arguments = parser.parse_args()
     console.print(f"seed {arguments.seed}: converting {', '.join(arguments.models)}")

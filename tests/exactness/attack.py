@@ -19,11 +19,12 @@ from aqt_client import DeadlineExceeded, NotFound, Overloaded, Unavailable
 from aqt_engine import witness
 from exactness.pools import Pool, rows_of, values
 from exactness.replica import Connection, Replica
-from examples.zoo import MODELS
+from examples.zoo import MODELS, SMALL
 
 STREAMS = 16
 MOST_ROWS = 80
-LONG = frozenset(name for name, model in MODELS.items() if len(model.lengths) > 1)
+FEW_ROWS = 4
+"""As many as a request of a model that is not small has at most."""
 ATTEMPTS = 400
 """For one request, each at another replica than before; one of them is always up."""
 SHOWN = 10
@@ -69,15 +70,14 @@ class Request:
 
 def request(seed: int, number: int, pools: Mapping[str, Sequence[Pool]], replicas: int) -> Request:
     rng = np.random.default_rng([seed, number])
-    # A model with several lengths costs ten times what another does.
-    weights = np.array([0.1 if name in LONG else 1.0 for name in pools])
+    weights = np.array([1 / MODELS[name].cost for name in pools])
     model = str(rng.choice(list(pools), p=weights / weights.sum()))
     fate = rng.random()
     return Request(
         number=number,
         model=model,
         pool=pools[model][rng.integers(len(pools[model]))],
-        rows=rows_of(rng, MOST_ROWS),
+        rows=rows_of(rng, MOST_ROWS if model in SMALL else FEW_ROWS),
         replica=int(rng.integers(replicas)),
         pause_s=float(rng.exponential(0.01)) if rng.random() < 0.2 else 0.0,
         cancelled_s=float(rng.exponential(0.01)) if fate < 0.03 else None,

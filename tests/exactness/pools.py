@@ -8,9 +8,11 @@ import numpy as np
 
 from aqt_engine import witness
 from examples.entry import Arrays, Forward, Model
-from examples.zoo import MODELS, convert_untrained
+from examples.zoo import MODELS, SMALL, convert_untrained
 
 ROWS = 128
+SHORT = 16
+"""The one length bucket of a model that would take seconds otherwise."""
 HOSTILE = 32
 """The last rows of each pool: full of zeros, extremes, infinities or NaNs, or with some of them."""
 
@@ -33,8 +35,9 @@ def convert_all(names: Sequence[str], repository: Path) -> dict[str, list[Pool]]
     """Converts the models, with weights that were not trained, and gives the pools of each."""
     pools: dict[str, list[Pool]] = {}
     for name in names:
-        forward = convert_untrained(MODELS[name], repository)
-        pools[name] = _pools(MODELS[name], forward)
+        model = MODELS[name] if name in SMALL else MODELS[name].with_lengths(SHORT)
+        forward = convert_untrained(model, repository)
+        pools[name] = _pools(model, forward)
     return pools
 
 
@@ -80,7 +83,8 @@ def _hostile(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def rows_of(rng: np.random.Generator, most: int) -> list[int]:
     """Rows of a request: few or many, of good ones, some hostile ones, or such alone."""
-    count = int(rng.integers(1, most + 1)) if rng.random() < 0.05 else int(rng.geometric(0.3))
+    many = rng.random() < 0.05
+    count = min(int(rng.integers(1, most + 1)) if many else int(rng.geometric(0.3)), most)
     hostile = rng.random(count) < rng.choice([0.0, 0.2, 1.0], p=[0.5, 0.4, 0.1])
     good = rng.integers(0, ROWS - HOSTILE, count)
     return np.where(hostile, rng.integers(ROWS - HOSTILE, ROWS, count), good).tolist()
