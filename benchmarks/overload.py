@@ -40,7 +40,7 @@ from examples.entry import forward_of
 
 MODEL = "wide"
 FEATURES = 1024
-LAYERS = 4
+LAYERS = 16
 ROWS = 16
 FACTORS = (0.5, 1.0, 2.0, 4.0)
 IN_FLIGHT = 32

@@ -1,44 +1,34 @@
 """Requests to batches to answers, for one loaded version.
 
 There is one queue and one thread that computes. While it computes, requests gather; when it is
-free, it takes as many whole requests as fit, in the order of their arrival, where each level of
-priority is a head start of one second: under any load, none waits for ever for its turn.
-A batch is of one group, that of the request whose turn it is: requests of
-other shapes are passed over and keep their places. No request waits for company, unless the policy
-of the model says so: alone, it runs at once. One that could not be answered in its time, by what
-batches have taken so far, is refused at once. One whose caller has gone, or whose deadline has
-passed, leaves the queue and is never computed. That companions do not change an answer is the
-program's promise.
+free, it takes as many whole requests as fit, in the order of the queue. A batch is of one group,
+that of the request whose turn it is: requests of other shapes are passed over and keep their
+places. No request waits for company, unless the policy of the model says so: alone, it runs at
+once. One that could not be answered in its time, by what batches have taken so far, is refused at
+once, or when that shows; and no batch grows beyond the time of those in it. One whose caller has
+gone, or whose deadline has passed, leaves the queue and is never computed. That companions do not
+change an answer is the program's promise.
 """
 
 import asyncio
-import collections
 import contextlib
 import dataclasses
-import heapq
 import logging
 import math
 import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
 from aqt_engine.bundle import Arrays
 from aqt_server.codec import rows_of
 from aqt_server.errors import DeadlineExceeded, InvalidRequest, NotReady, Overloaded
+from aqt_server.queue import DEFAULT_PRIORITY, Answer, Outputs, Queue, Waiting
 from aqt_server.service_time import ServiceTime
 from aqt_server.statistics import Statistics, Times
 
 _log = logging.getLogger(__name__)
-PRIORITY_LEVELS = 10
-"""Priorities go from 1, the highest, to this one."""
-DEFAULT_PRIORITY = 5
-LEVEL_S = 1.0
-"""Seconds of head start that one level has before the next."""
-
-Outputs = dict[str, np.ndarray[Any, Any]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,37 +41,6 @@ class Company:
 
     delay_s: float = 0.0
     rows: tuple[int, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """The outputs of one request, each with its rows, and when they were computed."""
-
-    outputs: Outputs
-    times: Times
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Waiting:
-    inputs: Arrays
-    rows: int
-    group: Hashable
-    priority: int
-    deadline: float | None
-    queued: int
-    since: float
-    turn: float
-    """What the queue is ordered by."""
-    answer: asyncio.Future[Answer]
-
-    @property
-    def room(self) -> int:
-        """What it takes of the queue: a request without rows takes some too."""
-        return max(1, self.rows)
-
-    def fail(self, error: Exception) -> None:
-        if not self.answer.done():
-            self.answer.set_exception(error)
 
 
 class Batcher:
@@ -106,13 +65,10 @@ class Batcher:
         self._name = name
         self._hung_s = hung_s
         self._service_time = ServiceTime()
-        self._levels = tuple(
-            collections.OrderedDict[_Waiting, None]() for _ in range(PRIORITY_LEVELS)
-        )
-        self._computing: list[_Waiting] = []
+        self._expected = self._service_time.expected
+        self._queue = Queue()
+        self._computing: list[Waiting] = []
         self._started = 0.0
-        self.pending_rows = 0
-        """Rows that wait in the queue."""
         self._arrived = asyncio.Event()
         self._closed = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
@@ -121,7 +77,12 @@ class Batcher:
     @property
     def pending_requests(self) -> int:
         """Requests that wait in the queue."""
-        return sum(map(len, self._levels))
+        return len(self._queue)
+
+    @property
+    def pending_rows(self) -> int:
+        """Rows that wait in the queue; a request without rows counts as one."""
+        return self._queue.room
 
     @property
     def computing_s(self) -> float:
@@ -158,28 +119,26 @@ class Batcher:
         rows = rows_of(inputs)
         loop = asyncio.get_running_loop()
         now = loop.time()
-        turn = now + priority * LEVEL_S
         self._admit(rows)
-        self._check_time(group, rows, now, turn, deadline, answer_by)
-        waiting = _Waiting(
+        self._check_time(group, rows, now, priority, deadline, answer_by)
+        waiting = Waiting(
             inputs=inputs,
             rows=rows,
             group=group,
             priority=priority,
             deadline=deadline,
-            queued=time.monotonic_ns(),
+            answer_by=math.inf if answer_by is None else answer_by,
+            queued_ns=time.monotonic_ns(),
             since=now,
-            turn=turn,
             answer=loop.create_future(),
         )
-        self._levels[priority - 1][waiting] = None
-        self.pending_rows += waiting.room
+        self._queue.add(waiting)
         self._arrived.set()
         timer = None if deadline is None else loop.call_at(deadline, self._expire, waiting)
         try:
             return await waiting.answer
         finally:
-            self._remove(waiting)
+            self._queue.remove(waiting)
             if timer:
                 timer.cancel()
 
@@ -196,7 +155,7 @@ class Batcher:
         if done:
             return True
         self._worker.cancel()
-        for waiting in [*self._computing, *(w for level in self._levels for w in level)]:
+        for waiting in [*self._computing, *self._queue]:
             waiting.fail(
                 NotReady(
                     f"the request was not computed within the {grace_s:g} s that it had after this "
@@ -230,7 +189,7 @@ class Batcher:
         group: Hashable,
         rows: int,
         now: float,
-        turn: float,
+        priority: int,
         deadline: float | None,
         answer_by: float | None,
     ) -> None:
@@ -240,14 +199,13 @@ class Batcher:
         """
         if (deadline is None and answer_by is None) or not (self._computing or self.pending_rows):
             return
-        expected = self._service_time.expected
-        start = now
+        free = now
         if self._computing:
             taken = sum(waiting.rows for waiting in self._computing)
-            start = max(start, self._started + expected(self._computing[0].group, taken))
-        ahead = sum(w.rows for level in self._levels for w in level if w.turn <= turn)
-        start += ahead // self._max_batch_rows * expected(group, self._max_batch_rows)
-        answered = start + expected(group, rows)
+            free = max(free, self._started + self._expected(self._computing[0].group, taken))
+        ahead = self._queue.rows_before(priority, now)
+        behind = self._service_time.behind(group, ahead, rows, self._max_batch_rows)
+        start, answered = (free + seconds for seconds in behind)
         late = deadline is not None and start > deadline
         if late or (answer_by is not None and answered > answer_by):
             raise DeadlineExceeded(
@@ -256,21 +214,12 @@ class Batcher:
                 f"before: allow it more, or send fewer at once"
             )
 
-    def _remove(self, waiting: _Waiting) -> bool:
-        """Takes `waiting` out of the queue, if it is still there."""
-        level = self._levels[waiting.priority - 1]
-        if waiting not in level:
-            return False
-        del level[waiting]
-        self.pending_rows -= waiting.room
-        return True
-
-    def _expire(self, waiting: _Waiting) -> None:
-        if self._remove(waiting):
+    def _expire(self, waiting: Waiting) -> None:
+        if self._queue.remove(waiting):
             waiting.fail(
                 DeadlineExceeded(
-                    "the request's time was up before it could be computed: allow it more, or send "
-                    "fewer at once"
+                    "the request could not be computed in its time: allow it more, or send fewer "
+                    "at once"
                 )
             )
 
@@ -324,7 +273,7 @@ class Batcher:
         delay_s = self.company.delay_s
         if not delay_s or not self.pending_rows or self._closed:
             return self._max_batch_rows, now
-        queued = self._in_turn()
+        queued = list(self._queue)
         companions = [waiting for waiting in queued if waiting.group == queued[0].group]
         rows = sum(waiting.rows for waiting in companions)
         wanted = [n for n in self.company.rows if n <= self._max_batch_rows]
@@ -335,31 +284,46 @@ class Batcher:
         ends += [(w.since + w.deadline) / 2 for w in companions if w.deadline is not None]
         return self._max_batch_rows, min(ends)
 
-    def _take(self, now: float, most: int) -> list[_Waiting]:
-        """The next requests that fit into a batch of `most` rows; one that is larger goes alone."""
-        batch: list[_Waiting] = []
+    def _take(self, now: float, most: int) -> list[Waiting]:
+        """The next requests that fit into a batch of `most` rows; one that is larger goes alone.
+
+        No more of them than can be answered in the time of each, by what batches have taken so far.
+        What cannot be answered in its time any more is refused, unless nothing else is there to do:
+        then one is computed, so that what batches take is measured again.
+        """
+        batch: list[Waiting] = []
+        late: list[Waiting] = []
         rows = 0
-        for waiting in self._in_turn():
+        by = math.inf
+        for waiting in self._queue:
             if waiting.deadline is not None and waiting.deadline <= now:
                 self._expire(waiting)
                 continue
             if batch and waiting.group != batch[0].group:
                 continue
             if batch and rows + waiting.rows > most:
-                return batch
-            self._remove(waiting)
+                break
             # Cancelled, and its caller has not been woken to remove it.
             if waiting.answer.done():
+                self._queue.remove(waiting)
                 continue
+            if now + self._expected(waiting.group, waiting.rows) > waiting.answer_by:
+                late.append(waiting)
+                continue
+            by = min(by, waiting.answer_by)
+            if batch and now + self._expected(waiting.group, rows + waiting.rows) > by:
+                break
             batch.append(waiting)
             rows += waiting.rows
+        if not batch:
+            batch, late = late[:1], late[1:]
+        for waiting in batch:
+            self._queue.remove(waiting)
+        for waiting in late:
+            self._expire(waiting)
         return batch
 
-    def _in_turn(self) -> list[_Waiting]:
-        """All that waits, in the order in which it goes."""
-        return list(heapq.merge(*self._levels, key=lambda waiting: waiting.turn))
-
-    def _compute(self, batch: list[_Waiting]) -> list[Answer]:
+    def _compute(self, batch: list[Waiting]) -> list[Answer]:
         started = time.monotonic_ns()
         inputs = batch[0].inputs
         if len(batch) > 1:
@@ -379,7 +343,7 @@ class Batcher:
             Answer(
                 outputs=part,
                 times=Times(
-                    queued=waiting.queued,
+                    queued=waiting.queued_ns,
                     started=started,
                     inputs_ready=inputs_ready,
                     computed=computed,

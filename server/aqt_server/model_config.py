@@ -5,8 +5,8 @@ import jax
 from aqt_engine.bundle import TensorSpec
 from aqt_protos import open_inference_pb2 as pb
 from aqt_server import codec
-from aqt_server.batcher import DEFAULT_PRIORITY, PRIORITY_LEVELS
 from aqt_server.policies import Versions
+from aqt_server.queue import DEFAULT_PRIORITY, PRIORITY_LEVELS
 from aqt_server.servable import Servable
 from aqt_server.statistics import Duration, Stages
 

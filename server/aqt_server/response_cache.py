@@ -17,8 +17,8 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 
 from aqt_engine.bundle import Arrays
-from aqt_server.batcher import Answer, Outputs
 from aqt_server.errors import DeadlineExceeded
+from aqt_server.queue import Answer, Outputs
 from aqt_server.statistics import Statistics, Times
 
 _ENTRY_NBYTES = 512

@@ -5,12 +5,13 @@ import functools
 
 from aqt_engine.bundle import Arrays, Manifest
 from aqt_engine.execution import Mode
-from aqt_server.batcher import Batcher, Company, Outputs
+from aqt_server.batcher import Batcher, Company
 from aqt_server.directory import Key
 from aqt_server.errors import OutOfMemory
 from aqt_server.executor import Executor, Loaded
 from aqt_server.memory import NoMemoryError
 from aqt_server.policies import Policy
+from aqt_server.queue import Outputs
 from aqt_server.response_cache import ResponseCache, VersionCache
 from aqt_server.settings import Batching
 from aqt_server.statistics import Statistics

@@ -17,10 +17,10 @@ from aqt_engine import lengths
 from aqt_protos import open_inference_pb2 as pb
 from aqt_server import codec, outputs, parameters
 from aqt_server.administration import Administration
-from aqt_server.batcher import DEFAULT_PRIORITY, PRIORITY_LEVELS, Outputs
 from aqt_server.call import Call
 from aqt_server.errors import RequestError
 from aqt_server.model_config import PLATFORM
+from aqt_server.queue import DEFAULT_PRIORITY, PRIORITY_LEVELS, Outputs
 from aqt_server.records import about
 from aqt_server.security.authorization import Action, needed
 from aqt_server.servable import Servable

@@ -28,6 +28,15 @@ class ServiceTime:
         known = [size for size in averages if size <= _size(rows)]
         return averages[max(known)] if known else 0.0
 
+    def behind(self, group: Hashable, ahead: int, rows: int, most: int) -> tuple[float, float]:
+        """Seconds until `rows` rows behind `ahead` others begin to be computed, and until they end.
+
+        Batches are of `most` rows. Behind a whole one there is a crowd, which fills the next too.
+        """
+        start = ahead // most * self.expected(group, most)
+        together = ahead + rows if ahead < most else most
+        return start, start + self.expected(group, max(rows, min(together, most)))
+
 
 def _size(rows: int) -> int:
     return max(0, rows - 1).bit_length()

@@ -9,8 +9,8 @@ import pytest
 import tritonclient.grpc as stock
 from tritonclient.utils import shared_memory as shm
 
-from aqt_server.batcher import Answer
 from aqt_server.errors import DeadlineExceeded
+from aqt_server.queue import Answer
 from aqt_server.response_cache import ResponseCache, VersionCache
 from aqt_server.statistics import Statistics, Times
 from bundles import CLASSES, reference, write_linear

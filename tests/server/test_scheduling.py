@@ -123,6 +123,40 @@ def test_what_cannot_be_answered_in_time_is_refused_at_once():
     with_batcher(test)
 
 
+def test_behind_a_full_batch_a_request_is_expected_to_go_in_a_full_one():
+    measured = ServiceTime()
+    measured.add((), 1, 2.0)
+    measured.add((), 8, 4.0)
+    assert measured.behind((), 0, 1, 8) == (0, 2.0)
+    assert measured.behind((), 4, 1, 8) == (0, 4.0)
+    assert measured.behind((), 17, 1, 8) == (8.0, 12.0)
+
+
+def test_what_is_late_in_its_turn_is_refused_and_no_batch_outgrows_the_time_of_its_requests():
+    async def test(program, batcher):
+        await computed_in(program, batcher, 2.0)
+        await computed_in(program, batcher, 4.0, count=8)
+        program.gate.clear()
+        now = asyncio.get_running_loop().time()
+        first = ask(batcher, 0)
+        await until_computing(program)
+        # Expected to begin in 2 s; it will be in 3.
+        late = ask(batcher, 1, answer_by=now + 4.5)
+        in_time = ask(batcher, 2, answer_by=now + 5.5)
+        company = ask(batcher, *range(10, 17))
+        await turn(3.0)
+        program.started.clear()
+        program.gate.set()
+        await first
+        with pytest.raises(DeadlineExceeded, match="could not be computed in its time"):
+            await late
+        await asyncio.gather(in_time, company)
+        # Together the two would take 4 s, and one alone takes 2.2 by now.
+        assert program.batches[3:] == [[2.0], [float(n) for n in range(10, 17)]]
+
+    with_batcher(test)
+
+
 def test_a_version_that_was_slow_once_is_tried_again_when_it_is_idle():
     async def test(program, batcher):
         await computed_in(program, batcher, 1000.0)

@@ -83,7 +83,7 @@ def stalled(repository, tmp_path):
 
 def test_a_timeout_ends_the_wait_and_other_models_answer(stalled):
     before = stalled.sample("request_failure_total", reason="REJECTED")
-    with raises_status("DEADLINE_EXCEEDED", "time was up before it could be computed"):
+    with raises_status("DEADLINE_EXCEEDED", "could not be computed in its time"):
         stalled.stub.ModelInfer(stalled.request(1.0, timeout=1000))
     assert stalled.sample("request_failure_total", reason="REJECTED") == before + 1
     assert stalled.sample("pending_request_count") == 0
