@@ -12,7 +12,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 
 	--generate-hashes --no-emit-index-url --no-annotate --no-header $(OURS)
 
 .PHONY: demo zoo papers attack faults fuzz soak bench-overload test check fmt proto lock clean
-.PHONY: differential bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness
+.PHONY: differential bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness bench-memory
 .PHONY: deploy-test image-test manifests ray-test
 .PHONY: wheels test-latest test-minimum docs notebook
 
@@ -56,6 +56,9 @@ bench-platforms: .venv/installed  ## which bits differ on older processors: docs
 
 bench-fairness: .venv/installed  ## whether a flooded model holds up another: docs/performance.md
 	$(BIN)/python -m benchmarks.fairness --json out/bench/fairness.json
+
+bench-memory: .venv/installed  ## what converting and serving hold beside the weights: docs/performance.md
+	$(BIN)/python -m benchmarks.memory --markdown --json out/bench/memory.json
 
 # The environments of peers are made in out/bench/env at the first run, which takes minutes more.
 bench: bench-peers bench-serving bench-training bench-exactness  ## all tables of a CPU, in out/bench
