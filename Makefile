@@ -14,7 +14,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 
 .PHONY: demo zoo papers attack faults fuzz soak bench-overload test check fmt proto lock clean
 .PHONY: differential bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness bench-memory
 .PHONY: deploy-test image-test manifests ray-test
-.PHONY: wheels test-latest test-minimum docs notebook
+.PHONY: bench-kernel wheels test-latest test-minimum docs notebook
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
 	$(BIN)/python -m examples.digits.demo
@@ -62,6 +62,9 @@ bench-memory: .venv/installed  ## what converting and serving hold beside the we
 
 # The environments of peers are made in out/bench/env at the first run, which takes minutes more.
 bench: bench-peers bench-serving bench-training bench-exactness  ## all tables of a CPU, in out/bench
+
+bench-kernel: .venv/installed  ## the int8 kernel beside XLA's and others' products: docs/performance.md
+	$(BIN)/python -m benchmarks.peers.layers --products --json out/bench/kernel.json
 
 bench-peers: .venv/installed  ## beside ONNX Runtime, OpenVINO, PyTorch and XLA: docs/performance.md
 	$(BIN)/python -m benchmarks.peers.layers --json out/bench/layers.json
