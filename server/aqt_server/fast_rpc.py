@@ -34,6 +34,7 @@ _MESSAGES_HELD = 16
 # What zlib takes for the two packings that gRPC knows: of a header of gzip or of zlib.
 _PACKED = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 _CLOSE_S = 1.0
+_CANCELLED: int = grpc.StatusCode.CANCELLED.value[0]
 
 
 class NotCompiledError(Exception):
@@ -77,8 +78,14 @@ class FastDoor:
 
     def _take(self) -> None:
         calls, gone = self._door.take()
+        left = set(gone)
         for call in calls:
-            self._tasks[call[0]] = self._loop.create_task(self._answer(*call))
+            number = call[0]
+            if number in left:
+                # Its task would be cancelled before it begins, and nothing in it would run.
+                self._give(number, _CANCELLED)
+            else:
+                self._tasks[number] = self._loop.create_task(self._answer(*call))
         for number in gone:
             if task := self._tasks.get(number):
                 task.cancel()
@@ -95,7 +102,7 @@ class FastDoor:
         timeout_s: float,
     ) -> None:
         """Answers one call, and only once, whatever comes of it."""
-        status, sentence, trailers, answer = grpc.StatusCode.CANCELLED.value[0], "", b"", b""
+        status, sentence, trailers, answer = _CANCELLED, "", b"", b""
         try:
             rpc, kind = self._kinds[path]
             headers = _headers(block)
@@ -119,9 +126,7 @@ class FastDoor:
             status, trailers = code.value[0], _trailers(details_of(error))
         finally:
             del self._tasks[number]
-            if not self._answers:
-                self._loop.call_soon(self._hand_back)
-            self._answers.append((number, status, sentence, trailers, answer))
+            self._give(number, status, sentence, trailers, answer)
 
     async def _in_time(self, rpc: str, request: Message, call: Call, timeout_s: float) -> Message:
         time = asyncio.timeout(timeout_s)
@@ -132,6 +137,18 @@ class FastDoor:
             if time.expired():
                 raise DeadlineExceeded("the call's time was up before it was answered") from error
             raise
+
+    def _give(
+        self,
+        number: int,
+        status: int,
+        sentence: str = "",
+        trailers: bytes = b"",
+        answer: bytes = b"",
+    ) -> None:
+        if not self._answers:
+            self._loop.call_soon(self._hand_back)
+        self._answers.append((number, status, sentence, trailers, answer))
 
     def _hand_back(self) -> None:
         answers, self._answers = self._answers, []
