@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aqt_engine import bundle, tiles
+from aqt_engine import bundle
 from aqt_engine.convert import convert
 from aqt_engine.convertible import Convertible, Leaf, Serving
 from aqt_engine.tiles import TileCost, cheapest, measured
@@ -76,4 +76,3 @@ def test_a_bundle_keeps_what_its_tile_was_chosen_by(tmp_path):
     assert (chosen.tile, chosen.tile_costs) == (4, {"2": costs[2], "4": costs[4]})
     given = convert(Doubling(), jnp.full(3, 2.0), {"x": X}, tmp_path / "2", tile=2)
     assert (given.tile, given.tile_costs) == (2, {})
-    assert tiles.CANDIDATES == (4, 8, 16, 32, 64)
