@@ -231,10 +231,13 @@ class Program:
         ):
             sizes = lengths.lengths_of(self.manifest, inputs)
         known = sizes or dict.fromkeys(self.manifest.lengths, -1)
-        found = {name: f"{array.dtype}{list(array.shape)}" for name, array in inputs.items()}
         expected = {name: spec.with_rows(rows, known) for name, spec in specs.items()}
-        wanted = {name: f"{s.dtype}{list(s.shape)}" for name, s in expected.items()}
-        if found != wanted:
+        if inputs.keys() != expected.keys() or any(
+            (inputs[name].dtype, inputs[name].shape) != (one.dtype, one.shape)
+            for name, one in expected.items()
+        ):
+            found = {name: f"{array.dtype}{list(array.shape)}" for name, array in inputs.items()}
+            wanted = {name: f"{one.dtype}{list(one.shape)}" for name, one in expected.items()}
             raise ValueError(f"the inputs are {found}, and the signature has {wanted}")
         return rows, sizes
 

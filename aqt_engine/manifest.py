@@ -5,6 +5,7 @@ added, and every value has its type.
 """
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Mapping
@@ -72,7 +73,7 @@ class TensorSpec:
     def with_rows(self, rows: int, sizes: Mapping[str, int] = _NO_SIZES) -> jax.ShapeDtypeStruct:
         """The concrete shape and dtype of `rows` rows, where symbolic dimensions have `sizes`."""
         shape = (rows, *(sizes[d] if isinstance(d, str) else d for d in self.shape[1:]))
-        return jax.ShapeDtypeStruct(shape, np.dtype(self.dtype))
+        return _struct(shape, self.dtype)
 
     @property
     def axes(self) -> Mapping[int, str]:
@@ -185,6 +186,12 @@ class Manifest:
     def sizes(self, bucket: LengthBucket) -> dict[str, int]:
         """The sizes of the symbolic dimensions in `bucket`, by name."""
         return dict(zip(self.lengths, bucket, strict=True))
+
+
+# Asked for several times for each batch, of which most have been seen before.
+@functools.lru_cache(maxsize=4096)
+def _struct(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
 
 
 def bucket_name(sizes: Mapping[str, int]) -> str:
