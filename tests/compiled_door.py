@@ -19,3 +19,8 @@ def compiled_door() -> None:
         return
     if why := hatch_build.compile_door():
         pytest.skip(f"the fast door cannot be compiled here: {why}")
+
+
+def fast_flags() -> tuple[str, ...]:
+    """What opens it in a server; nothing where it was not compiled."""
+    return ("--fast-port", "0") if importlib.util.find_spec("aqt_server._door") else ()

@@ -86,7 +86,8 @@ def _allow_connections(settings: Settings) -> None:
     with contextlib.suppress(ValueError):  # macOS has no limit, and does not take that for one
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     listen = settings.listen
-    ports = 1 + (listen.http_port >= 0) + (listen.metrics_port >= 0)
+    more = (listen.fast_port, listen.http_port, listen.metrics_port)
+    ports = 1 + sum(port >= 0 for port in more)
     needed = ports * settings.connections.max_connections + _OTHER_FILES
     if most != resource.RLIM_INFINITY and most < needed:
         _log.warning(

@@ -25,6 +25,7 @@ from aqt_protos.tensors import DATATYPES
 from aqt_server.errors import InvalidRequest
 from aqt_server.rest_tensors import read_request
 from bundles import FEATURES, write_linear
+from compiled_door import fast_flags
 from faults.inside import REFUSALS, inside
 from faults.mutations import damaged, mutated, seeds
 from server.odd_bundles import ARRAY_DATATYPES, TILE, WIDTH, write_identity
@@ -101,7 +102,12 @@ def fuzz_live(address: str, originals: list[bytes], count: int, seed: int) -> co
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=1_000_000, help="without a socket")
-    parser.add_argument("--live", type=int, default=20_000, help="to a server process")
+    parser.add_argument(
+        "--live",
+        type=int,
+        default=20_000,
+        help="to a server process, in halves to its two doors of gRPC where it has both",
+    )
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**32))
     arguments = parser.parse_args()
     memory: list[tuple[int, int]] = []
@@ -121,9 +127,12 @@ def main() -> None:
         )
         wrong_bodies = fuzz_bodies(arguments.inputs // 10, arguments.seed)
         took = time.monotonic() - started
-        with serving(repository, log=Path(name) / "log") as server:
+        with serving(repository, *fast_flags(), log=Path(name) / "log") as server:
             before = psutil.Process(server.process.pid).memory_info().rss
-            live = fuzz_live(server.address, originals, arguments.live, arguments.seed + 1)
+            doors = [server.address, *filter(None, [server.fast_address])]
+            live = collections.Counter[str]()
+            for seed, address in enumerate(doors, start=arguments.seed + 1):
+                live += fuzz_live(address, originals, arguments.live // len(doors), seed)
             after = psutil.Process(server.process.pid).memory_info().rss
             alive = server.process.poll() is None and "Traceback" not in server.log()
     tenth = memory[len(memory) // 10][1]
