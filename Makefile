@@ -11,10 +11,10 @@ RESOLVE := $(BIN)/uv pip compile --quiet $(PYPROJECTS) --extra otlp --extra repo
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-annotate --no-header $(OURS)
 
-.PHONY: demo zoo papers attack faults fuzz soak bench-overload test check fmt proto lock clean
-.PHONY: differential bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness bench-memory
-.PHONY: deploy-test image-test manifests ray-test
-.PHONY: bench-kernel wheels test-latest test-minimum docs notebook
+.PHONY: demo zoo papers attack faults fuzz soak test check differential fmt proto lock clean
+.PHONY: bench bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness
+.PHONY: bench-memory bench-kernel bench-peers bench-overload lock-peers
+.PHONY: deploy-test image-test manifests ray-test wheels test-latest test-minimum docs notebook
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
 	$(BIN)/python -m examples.digits.demo
