@@ -11,7 +11,8 @@ from jax import export, lax
 
 from aqt_engine import graphs
 from aqt_engine.convertible import Serving
-from aqt_engine.kernels.substitution import substituted
+from aqt_engine.kernels import library
+from aqt_engine.kernels.substitution import Substituted, substituted
 from aqt_engine.manifest import TileCost
 
 CANDIDATES = (2, 4, 8, 16, 32, 64)
@@ -86,7 +87,8 @@ def _runs(
         name: jax.ShapeDtypeStruct((tile, *array.shape[1:]), array.dtype)
         for name, array in inputs.items()
     }
-    served = substituted(export.export(jax.jit(forward))(weights, structs), len(weights))
+    graph = export.export(jax.jit(forward))(weights, structs)
+    served = substituted(graph, len(weights)) if library.wanted() else Substituted(graph=graph)
 
     @jax.jit
     def mapped(weights: Sequence[jax.Array], batch: dict[str, jax.Array]) -> Any:

@@ -175,7 +175,7 @@ def test_commands_of_the_server_say_what_to_install(clean, tmp_path):
     python = clean("aqt-engine")
     code = "from aqt_cli.main import app; app()"
     assert "convert" in run(python, "-I", "-c", code, "--help", cwd=tmp_path)
-    for command in (["serve"], ["predict", "iris", "--inputs", "x.npz"]):
+    for command in (["serve"], ["predict", "iris", "--inputs", "x.npz"], ["bench", "iris"]):
         done = subprocess.run(
             [python, "-I", "-c", code, *command],
             cwd=tmp_path,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from aqt_cli.connection import LOCAL, Ca, Certificate, Key, Servers, TokenFile, arguments
-from aqt_cli.failures import as_sentence
+from aqt_cli.failures import as_sentence, of_the_server
 
 if TYPE_CHECKING:
     from aqt_cli.load import Measured, Shape
@@ -77,7 +77,9 @@ def bench(
 ) -> None:
     """Puts load on a server, and shows latencies, throughput and errors by status."""
     from aqt_cli.load import Shape, put, random_inputs
-    from aqt_client import AsyncClient, ClientError, RetryPolicy, files
+
+    with of_the_server():
+        from aqt_client import AsyncClient, ClientError, RetryPolicy, files
 
     shape = Shape(
         concurrency=concurrency,

@@ -11,12 +11,12 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from aqt_client import AsyncClient, ClientError, InferResult, ModelMetadata
-from aqt_protos import tensors
+if TYPE_CHECKING:
+    from aqt_client import AsyncClient, InferResult, ModelMetadata
 
 Inputs = Mapping[str, np.ndarray[Any, Any]]
 _Ask = Callable[[int, float], Coroutine[Any, Any, None]]
@@ -55,7 +55,7 @@ class Measured:
     different: int = 0
 
 
-def random_inputs(model: ModelMetadata, *, rows: int, length: int, seed: int) -> Inputs:
+def random_inputs(model: "ModelMetadata", *, rows: int, length: int, seed: int) -> Inputs:
     """Inputs that fit `model`: `rows` rows, other sizes that a request chooses `length`.
 
     Floats are normal, integers below 100.
@@ -63,6 +63,8 @@ def random_inputs(model: ModelMetadata, *, rows: int, length: int, seed: int) ->
     Raises:
       ValueError: an input is of text.
     """
+    from aqt_protos import tensors
+
     random = np.random.default_rng(seed)
     found: dict[str, np.ndarray[Any, Any]] = {}
     for spec in model.inputs:
@@ -80,7 +82,7 @@ def random_inputs(model: ModelMetadata, *, rows: int, length: int, seed: int) ->
 
 
 async def put(
-    client: AsyncClient,
+    client: "AsyncClient",
     model: str,
     version: str,
     requests: Sequence[Inputs],
@@ -93,6 +95,8 @@ async def put(
 
     With `check` the bits of answers are compared.
     """
+    from aqt_client import ClientError
+
     measured = Measured()
     known: dict[tuple[int, str], InferResult] = {}
     first = time.perf_counter()
@@ -160,7 +164,9 @@ def _rows(inputs: Inputs) -> int:
     return max((array.shape[0] for array in inputs.values() if array.ndim), default=1)
 
 
-def _same_bits(one: InferResult, other: InferResult) -> bool:
+def _same_bits(one: "InferResult", other: "InferResult") -> bool:
+    from aqt_protos import tensors
+
     return one.outputs.keys() == other.outputs.keys() and all(
         array.dtype == other[name].dtype
         and array.shape == other[name].shape

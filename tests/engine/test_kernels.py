@@ -189,7 +189,7 @@ def linear(tmp_path):
 def test_a_program_computes_with_the_kernel_in_the_same_bits(linear):
     loaded = bundle.load(linear)
     x = RNG.normal(size=(37, FEATURES)).astype(np.float32)
-    by_kernel = Program(loaded, max_rows=16)
+    by_kernel = Program(loaded, max_rows=16, kernel=True)
     by_xla = Program(loaded, max_rows=16, kernel=False)
     assert (by_kernel.kernel, by_xla.kernel) == (SETS[0], None)
     assert_same_bits(by_kernel({"x": x})["y"], by_xla({"x": x})["y"])
@@ -219,7 +219,7 @@ def test_without_a_kernel_xla_computes_and_the_log_says_so_once(
         (tmp_path / "libaqt_kernels.so").write_bytes(b"not a library")
     caplog.set_level(logging.INFO, logger=library.__name__)
     loaded = bundle.load(linear)
-    programs = [Program(loaded, max_rows=8) for _ in range(2)]
+    programs = [Program(loaded, max_rows=8, kernel=True) for _ in range(2)]
     (said,) = caplog.messages
     assert said.startswith("int8 contractions are computed by XLA")
     x = loaded.witness.inputs
