@@ -11,7 +11,7 @@ RESOLVE := $(BIN)/uv pip compile --quiet $(PYPROJECTS) --extra otlp --extra repo
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-annotate --no-header $(OURS)
 
-.PHONY: demo zoo papers attack faults fuzz soak test check differential fmt proto lock clean
+.PHONY: demo zoo papers attack faults fuzz soak test test-long check differential fmt proto lock clean
 .PHONY: bench bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness
 .PHONY: bench-memory bench-kernel bench-peers bench-overload lock-peers
 .PHONY: deploy-test image-test manifests ray-test wheels test-latest test-minimum docs notebook
@@ -81,6 +81,9 @@ test: check deploy-test  ## all tests
 differential: .venv/installed  ## all drawn comparisons with aqtp, of which `test` makes a part
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --long tests/engine/test_float_numerics.py \
 		$(wildcard tests/engine/test_against_aqtp*.py)
+
+test-long: .venv/installed  ## what `test` leaves out: more models and experiments, more drawn cases
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --long -m long
 
 check: .venv/installed  ## lint, types and the fast tests: under two minutes
 	$(BIN)/ruff check .

@@ -69,8 +69,8 @@ class Program:
 
     Calling it is thread-safe, and in mode EXACT exact: each row's answer has the same bits for
     every number of rows, every position and every neighbor. With `kernel`, by default where
-    `AQT_KERNELS` asks for it, contractions of this mode are computed by the int8 kernel as far as it
-    can, on one device; answers can differ from those of training then.
+    `AQT_KERNELS` asks for it, contractions of this mode are computed by the int8 kernel as far as
+    it can, on one device; answers can differ from those of training then.
 
     Raises:
       BundleError: the bundle was lowered for other platforms, or has no graph for mode FAST.

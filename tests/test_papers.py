@@ -29,7 +29,13 @@ def compiled_in_haste():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled_in_haste")
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "pareto" else pytest.mark.long)
+        for name in EXPERIMENTS
+    ],
+)
 def test_experiment_prints_a_table_and_writes_numbers_and_a_plot(name, tmp_path, capsys):
     script = importlib.import_module(f"examples.papers.{name}")
     script.main(["--quick", "--json", str(tmp_path / "found.json")])

@@ -106,7 +106,9 @@ def squared_errors(model, before, after, inputs):
     return nearest, found
 
 
-@pytest.mark.parametrize(("bits", "act_order"), [(4, False), (3, True)])
+@pytest.mark.parametrize(
+    ("bits", "act_order"), [pytest.param(4, False, marks=pytest.mark.long), (3, True)]
+)
 def test_every_layer_is_closer_than_rounded_to_nearest(bits, act_order):
     params, calibration, held_out = trained()
     model = functools.partial(Digits, quantization=weights_of(bits))

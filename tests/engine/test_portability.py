@@ -153,7 +153,10 @@ def test_conversion_refuses_what_is_not_portable_by_name(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("make", "portable"), [(convnet, True), (transforming, False)])
+@pytest.mark.parametrize(
+    ("make", "portable"),
+    [pytest.param(convnet, True, marks=pytest.mark.long), (transforming, False)],
+)
 def test_portable_bits_are_those_of_an_older_processor(tmp_path, make, portable):
     model, variables, inputs = make()
     path = tmp_path / "m" / "1"

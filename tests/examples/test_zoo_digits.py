@@ -9,6 +9,7 @@ pytestmark = pytest.mark.slow
 MODELS = ["digits_conv_int8", "digits_conv_int4"]
 
 
+@pytest.mark.long
 def test_served_exactly_without_a_float_copy(tmp_path):
     assert_served_exactly(MODELS, tmp_path)
     for name in MODELS:

@@ -9,6 +9,7 @@ from examples.serving_the_zoo import assert_no_float_copy, assert_served_exactly
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.long
 def test_served_exactly_without_a_float_copy(tmp_path):
     assert_served_exactly(["digits_nnx_int8", "search_int8"], tmp_path)
     repository = tmp_path / "repository"

@@ -29,6 +29,7 @@ def test_a_score_is_of_the_bytes_before_the_padding():
     assert answer["log_likelihood"][1] != answer["log_likelihood"][2]
 
 
+@pytest.mark.long
 def test_served_exactly_at_any_length_without_a_float_copy(tmp_path):
     assert_served_exactly(["language_int8"], tmp_path)
     assert_no_float_copy(
