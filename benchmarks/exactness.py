@@ -12,8 +12,6 @@ which is summed over all threads and hardly changes with what else the machine d
 the rows that have other bits in mode fast.
 """
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +25,7 @@ from rich.table import Table
 
 from aqt_engine import bundle, proof, witness
 from aqt_engine.execution import Mode, Program
+from benchmarks import command
 from benchmarks.bundles import newest, repository_or_zoo, whole_zoo
 from benchmarks.environment import described, environment
 
@@ -124,13 +123,7 @@ def show(results: Sequence[dict[str, Any]], *, markdown: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.exactness",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", type=Path, help="write environment and all times here")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser = command.parser("exactness", __doc__)
     parser.add_argument("--pairs", type=int, default=PAIRS, help="at most (default: %(default)s)")
     parser.add_argument("--repository", type=Path, metavar="DIR", help="of bundles, NAME/VERSION/")
     options = parser.parse_args(arguments)
@@ -140,10 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = [r for name, path in bundles for r in of_bundle(name, path, options.pairs)]
     show(results, markdown=options.markdown)
     Console().print(described(before), soft_wrap=True)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {"environment": before, "results": results}
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+    command.write(options.json, before, results)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ repeat, and the table has the median over repeats of each percentile, of what th
 requests took in its queue and computation on average, and of the ratios.
 """
 
-import argparse
 import asyncio
 import contextlib
-import json
 import shutil
 import sys
 import tempfile
@@ -36,6 +34,7 @@ from aqt_engine.flax import AqtDotGeneral
 from aqt_protos import SERVICE_NAME
 from aqt_protos import open_inference_pb2 as pb
 from aqt_protos import open_inference_pb2_grpc as pb_grpc
+from benchmarks import command
 from benchmarks.contenders import Running, ours, running
 from benchmarks.environment import described, environment
 from benchmarks.load import flooding
@@ -150,13 +149,7 @@ def served() -> Iterator[Running]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.fairness",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", type=Path, help="write environment and all percentiles here")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser = command.parser("fairness", __doc__)
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=4.0, help="default: %(default)s")
     options = parser.parse_args(arguments)
@@ -165,10 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = measure(server, repeats=options.repeats, seconds=options.seconds)
     show(found, markdown=options.markdown)
     Console().print(f"{options.repeats} repeats; {described(before)}", soft_wrap=True)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {"environment": before, "results": found}
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+    command.write(options.json, before, found)
 
 
 if __name__ == "__main__":

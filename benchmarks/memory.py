@@ -10,7 +10,6 @@ and the compiler. What is more is divided by the bytes of the weights, or of the
 
 import argparse
 import contextlib
-import json
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from rich.table import Table
 from aqt_engine import QuantMode, bundle, config
 from aqt_engine.execution import Program
 from aqt_engine.flax import AqtDotGeneral
+from benchmarks import command
 from benchmarks.environment import described, environment
 from examples.pipeline import save
 
@@ -151,13 +151,7 @@ def show(results: Sequence[dict[str, Any]], *, markdown: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.memory",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", type=Path, help="write environment and all sizes here")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser = command.parser("memory", __doc__)
     parser.add_argument("--serve", type=Path, metavar="BUNDLE", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.serve:
@@ -167,10 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = measure()
     show(results, markdown=options.markdown)
     Console().print(described(before), soft_wrap=True)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {"environment": before, "results": results}
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+    command.write(options.json, before, results)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ Requests are of 32 sentences. In each repeat, `h2load` sends them to `aqt serve`
 this process then computes them by itself for as long; the rows per second are divided.
 """
 
-import argparse
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ from rich.table import Table
 from aqt_engine import bundle
 from aqt_engine.execution import Program
 from aqt_protos import SERVICE_NAME
+from benchmarks import command
 from benchmarks.contenders import Arrays, ours, running
 from benchmarks.environment import described, environment
 from benchmarks.load import load
@@ -93,13 +92,7 @@ def show(results: Sequence[dict[str, Any]], *, markdown: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.overhead",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", type=Path, help="write environment and all rates here")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser = command.parser("overhead", __doc__)
     parser.add_argument("--repeats", type=int, default=REPEATS, help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="default: %(default)s")
     options = parser.parse_args(arguments)
@@ -108,10 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = measure(Path(made), repeats=options.repeats, seconds=options.seconds)
     show(results, markdown=options.markdown)
     Console().print(f"{options.repeats} repeats; {described(before)}", soft_wrap=True)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {"environment": before, "results": results}
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+    command.write(options.json, before, results)
 
 
 if __name__ == "__main__":

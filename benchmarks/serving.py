@@ -12,9 +12,7 @@ MLServer, kserve and Triton serve an identity model in environments of their own
 divides our requests per second by theirs.
 """
 
-import argparse
 import contextlib
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -28,6 +26,7 @@ from rich.table import Table
 
 from aqt_protos import SERVICE_NAME, tensors
 from aqt_protos import open_inference_pb2 as pb
+from benchmarks import command
 from benchmarks.bundles import TINY, TINY_FEATURES, tiny
 from benchmarks.contenders import Arrays, Contender, Running, ours, running
 from benchmarks.environment import described, environment
@@ -159,13 +158,7 @@ def show_marks(results: Sequence[Mapping[str, Any]], *, markdown: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.serving",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", type=Path, help="write environment and all rates here")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser = command.parser("serving", __doc__)
     parser.add_argument("--repeats", type=int, default=REPEATS, help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="default: %(default)s")
     parser.add_argument("--peers", action="store_true", help="MLServer, kserve and Triton too")
@@ -187,10 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.peers:
         show_marks(results, markdown=options.markdown)
     Console().print(f"{options.repeats} repeats; {described(before)}", soft_wrap=True)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {"environment": before, "results": results}
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+    command.write(options.json, before, results)
 
 
 if __name__ == "__main__":
