@@ -128,12 +128,13 @@ wheels: .venv/installed  ## the wheels of our distributions, into out/wheels
 		|| exit 1; done
 
 # The wheels in an environment of their own, and the fast tests there. Deprecations are between
-# packages of unlike age then.
+# packages of unlike age then. The newest are those that the tests' packages can be installed with.
 test-latest: RESOLUTION := highest  ## with the newest dependencies there are
+test-latest: TOGETHER := --group dev
 test-minimum: RESOLUTION := lowest-direct  ## with the oldest that pyproject.toml allows
 test-latest test-minimum: wheels
 	rm -rf out/$@ && $(BIN)/uv venv --quiet --python $(BIN)/python out/$@
-	$(RESOLVE) --resolution $(RESOLUTION) -o out/$@/requirements.txt
+	$(RESOLVE) --resolution $(RESOLUTION) $(TOGETHER) -o out/$@/requirements.txt
 	$(RESOLVE) --group dev -c out/$@/requirements.txt -o out/$@/requirements-test.txt
 	$(BIN)/uv pip install --quiet --python out/$@ -r out/$@/requirements-test.txt
 	$(BIN)/uv pip install --quiet --python out/$@ --no-deps out/wheels/*.whl

@@ -312,13 +312,22 @@ def _load_graphs(root: Path, manifest: Manifest, kind: str) -> dict[LengthBucket
     }
 
 
+def _checkpointer() -> ocp.StandardCheckpointer:
+    # Alone: by itself it waits for the other processes of JAX's, who read other files, or none.
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"host{here}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
+
+
 def _save_arrays(path: Path, arrays: Arrays) -> None:
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         checkpointer.save(path, dict(arrays))
 
 
 def _load_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         return {k: np.asarray(v) for k, v in checkpointer.restore(path.absolute()).items()}
 
 

@@ -14,7 +14,9 @@ On a CPU, int8 contractions with weights can be computed by a kernel (`kernels`)
 kept as it reads them.
 
 In mode EXACT a program may have several devices (`layout`): copies of it, each of which takes its
-share of the tiles, and shards of the weights of each. They compute without the kernel.
+share of the tiles, and shards of the weights of each. They compute without the kernel. Where the
+devices are those of several processes of JAX's, each of them makes the same program and calls it
+with the same inputs in the same order, and each has the whole answer.
 """
 
 import enum
@@ -187,7 +189,15 @@ class Program:
             axis_names={COPIES},
             check_vma=False,
         )
-        return jax.jit(mapped, out_shardings=sharding).lower(weights, structs)
+        # A process reads only what lies on its own devices.
+        read = sharding if jax.process_count() == 1 else NamedSharding(self._mesh, PartitionSpec())
+        return jax.jit(mapped, out_shardings=read).lower(weights, structs)
+
+    def _given(self, array: Array) -> Array | jax.Array:
+        """`array` as an executable over the devices that there are takes it."""
+        if self._mesh is None or jax.process_count() == 1:
+            return array
+        return _spread(array, NamedSharding(self._mesh, PartitionSpec(COPIES)))
 
     def _laid_out(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """`shape`, of whole tiles of rows, as an executable takes it."""
@@ -251,12 +261,12 @@ class Program:
             empty = {spec.name: spec.with_rows(0, sizes) for spec in self.manifest.outputs}
             return {name: np.zeros(s.shape, s.dtype) for name, s in empty.items()}
         bucket = next(b for b in self.buckets if b * tile >= rows)
-        padded: list[Array] = []
+        padded: list[Array | jax.Array] = []
         for spec in self.manifest.inputs:
             whole = spec.with_rows(bucket * tile, sizes)
             array = aligned_zeros(whole.shape, whole.dtype)
             array[:rows] = inputs[spec.name]
-            padded.append(array.reshape(self._laid_out(whole.shape)))
+            padded.append(self._given(array.reshape(self._laid_out(whole.shape))))
         self.compile(bucket, length_bucket)
         answers = self._executables[length_bucket, bucket](self._weights[length_bucket], padded)
         shapes = [spec.with_rows(bucket * tile, sizes).shape for spec in self.manifest.outputs]
@@ -276,13 +286,19 @@ def _placed(
 
     def place(index: int, packing: Packing | None) -> jax.Array:
         if (index, packing) not in placed:
-            weight = weights[index]
-            placed[index, packing] = jax.device_put(
-                packing(weight) if packing else weight, places[index]
-            )
+            weight, where = weights[index], places[index]
+            if where:
+                placed[index, packing] = _spread(weight, where)
+            else:
+                placed[index, packing] = jax.device_put(packing(weight) if packing else weight)
         return placed[index, packing]
 
     return {
         bucket: [place(i, graph.packed.get(i)) for i in range(len(weights))]
         for bucket, graph in graphs.items()
     }
+
+
+def _spread(array: Array, sharding: Sharding) -> jax.Array:
+    """`array`, which each process has, over devices of which each process has some."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])

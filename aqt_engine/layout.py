@@ -55,20 +55,25 @@ class Layout:
         return self.copies * self.shards
 
     def mesh(self) -> Mesh:
-        """The first devices of this process, by copy and shard.
+        """The first devices of each process of JAX's, as many of each, by copy and shard.
+
+        The shards of a copy are in as few processes as possible.
 
         Raises:
-          ValueError: there are not as many.
+          ValueError: there are not as many, or they are not as many of each process.
         """
-        there = jax.local_devices()
-        if len(there) < self.devices:
+        processes = jax.process_count()
+        there = [jax.local_devices(process_index=i) for i in range(processes)]
+        each, left = divmod(self.devices, processes)
+        if left or any(len(devices) < each for devices in there):
+            counts = " and ".join(str(len(devices)) for devices in there)
+            hosts = f" on {processes} hosts, as many on each" if processes > 1 else ""
             raise ValueError(
-                f"{self.copies} copies of {self.shards} shards take {self.devices} devices, and "
-                f"there are {len(there)}: ask for fewer"
+                f"{self.copies} copies of {self.shards} shards take {self.devices} devices{hosts}, "
+                f"and there are {counts}: ask for {'another number' if left else 'fewer'}"
             )
-        return Mesh(
-            np.array(there[: self.devices]).reshape(self.copies, self.shards), (COPIES, SHARDS)
-        )
+        devices = np.array([devices[:each] for devices in there])
+        return Mesh(devices.reshape(self.copies, self.shards), (COPIES, SHARDS))
 
     def of_weight(self, mesh: Mesh, weight: WeightSpec) -> NamedSharding:
         """Where a weight lies: an integer one in shards, along its first axis that they divide.

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,13 @@ class Executor:
         mode: Mode = Mode.EXACT,
         kernel: bool | None = None,
         layout: Layout = Layout(),
+        program: Callable[..., Program] = Program,
     ):
         manifest = loaded.manifest
         arrays = itertools.chain(manifest.inputs, manifest.outputs, manifest.weights)
         self._in_64_bits = any(np.dtype(spec.dtype).itemsize == 8 for spec in arrays)
         with jax.enable_x64(self._in_64_bits):
-            self._program = Program(
+            self._program = program(
                 loaded, max_rows=max_batch_rows, mode=mode, kernel=kernel, layout=layout
             )
             for length_bucket in manifest.length_buckets:
@@ -141,13 +142,14 @@ def load(
     proof_s: float,
     memory: Memory,
     layout: Layout = Layout(),
+    program: Callable[..., Program] = Program,
 ) -> Loaded:
     """The bundle at `path`, compiled for every bucket up to `max_batch_rows` and proved.
 
     In mode fast it is tried too, and served whatever comes of it. `proof_s` are the seconds for
     more than the witness in each executable. What it takes of `memory` is estimated before its
     files are read, and known when it is compiled. A version that is not exact with the int8 kernel
-    is computed without it.
+    is computed without it. `program` makes the program.
 
     Raises:
       NoMemoryError: it takes more than there is.
@@ -160,7 +162,12 @@ def load(
 
     def proved(kernel: bool | None) -> tuple[Executor, Proof]:
         made = Executor(
-            loaded, max_batch_rows=max_batch_rows, mode=mode, kernel=kernel, layout=layout
+            loaded,
+            max_batch_rows=max_batch_rows,
+            mode=mode,
+            kernel=kernel,
+            layout=layout,
+            program=program,
         )
         memory.check(manifest, workspace=made.workspace_nbytes, copies=1)
         return made, made.prove(loaded, more_s=proof_s if mode is Mode.EXACT else 0)

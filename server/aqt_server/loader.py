@@ -6,10 +6,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from aqt_engine.bundle import BundleError
-from aqt_engine.execution import Mode
+from aqt_engine.execution import Mode, Program
 from aqt_engine.layout import Layout
 from aqt_server import executor
 from aqt_server.directory import Key, OutsideError
+from aqt_server.hosts import Leader
 from aqt_server.memory import Memory, NoMemoryError, available
 from aqt_server.settings import Settings
 from aqt_server.source import Source
@@ -46,12 +47,18 @@ class Loader:
     """Loads versions of `source` as the settings say."""
 
     def __init__(
-        self, settings: Settings, source: Source, available: Callable[[], int] = available
+        self,
+        settings: Settings,
+        source: Source,
+        available: Callable[[], int] = available,
+        *,
+        leader: Leader | None = None,
     ):
         self._source = source
         self._models = settings.models
         self._memory_limit = settings.serving.model_memory_bytes
         self._available = available
+        self._leader = leader
         self._layout = Layout(copies=settings.devices.copies, shards=settings.devices.shards)
         self._max_batch_rows = settings.batching.max_batch_rows
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
@@ -78,6 +85,7 @@ class Loader:
                 allow_inexact=models.allow_inexact,
                 mode=Mode.FAST if fast else Mode.EXACT,
                 layout=Layout() if fast else self._layout,
+                program=self._leader.programs(key) if self._leader and not fast else Program,
                 proof_s=models.proof_s,
                 memory=Memory(limit=self._memory_limit, held=held, available=self._available),
             )

@@ -31,6 +31,7 @@ from aqt_server.errors import (
     NotServable,
     OutOfMemory,
 )
+from aqt_server.hosts import Leader
 from aqt_server.loader import Loader, Outcome, outcome_of
 from aqt_server.policies import Policies, Policy
 from aqt_server.response_cache import ResponseCache
@@ -75,11 +76,18 @@ class _Entry:
 class Repository:
     """All versions by name and number. Belongs to the event loop that it is used in."""
 
-    def __init__(self, settings: Settings, source: Source, policies: Policies):
+    def __init__(
+        self,
+        settings: Settings,
+        source: Source,
+        policies: Policies,
+        *,
+        leader: Leader | None = None,
+    ):
         self._settings = settings
         self._policies = policies
         self._source = source
-        self._loader = Loader(settings, source)
+        self._loader = Loader(settings, source, leader=leader)
         self._random = random.Random()
         self._entries: dict[Key, _Entry] = {}
         self._draining: dict[asyncio.Task[bool], Servable] = {}

@@ -20,6 +20,7 @@ from aqt_engine.layout import Layout
 from aqt_protos import POOL, SERVICE_NAME
 from aqt_server import compiled, http, rest
 from aqt_server.fast_rpc import FastDoor, NotCompiledError
+from aqt_server.hosts import HostsError, Leader, follow
 from aqt_server.logs import LogSettings
 from aqt_server.metrics import Metrics
 from aqt_server.policies import Policies, PolicyFileError
@@ -54,6 +55,8 @@ class StartError(Exception):
 def run(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT, and returns when the accepted requests are answered.
 
+    A host that follows another serves that one, until it ends.
+
     Where some had to be cut off, it does not return: the process ends, with exit code 1.
 
     Raises:
@@ -73,11 +76,19 @@ def run(settings: Settings) -> None:
         )
     compiled.keep_in(settings.models.compilation_cache)
     _allow_connections(settings)
+    devices, leader = settings.devices, None
     try:
-        Layout(copies=settings.devices.copies, shards=settings.devices.shards).mesh()
+        if devices.host_index:
+            follow(devices, source)
+            return
+        if devices.hosts > 1:
+            leader = Leader(devices)
+        Layout(copies=devices.copies, shards=devices.shards).mesh()
+    except HostsError as error:
+        raise StartError(f"--hosts: {error}") from error
     except ValueError as error:
         raise StartError(f"--copies and --shards: {error}") from error
-    asyncio.run(_serve(settings, source))
+    asyncio.run(_serve(settings, source, leader))
 
 
 def _allow_connections(settings: Settings) -> None:
@@ -99,7 +110,7 @@ def _allow_connections(settings: Settings) -> None:
         )
 
 
-async def _serve(settings: Settings, source: Source) -> None:
+async def _serve(settings: Settings, source: Source, leader: Leader | None) -> None:
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
@@ -107,7 +118,7 @@ async def _serve(settings: Settings, source: Source) -> None:
         policies = Policies(settings.serving.model_policies)
     except PolicyFileError as error:
         raise StartError(str(error)) from error
-    repository = Repository(settings, source, policies)
+    repository = Repository(settings, source, policies, leader=leader)
     checks = _Health()
     await _set_health(checks, _NOT_SERVING)
     doors = await _open(settings, repository, checks)
@@ -133,6 +144,8 @@ async def _serve(settings: Settings, source: Source) -> None:
         )
     await asyncio.sleep(_REFUSING_S)
     await doors.close()
+    if leader:
+        leader.end()
     if not answered or repository.loading:
         # A thread that computes or compiles cannot be ended, and Python would wait for it.
         logging.shutdown()

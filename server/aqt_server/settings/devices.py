@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,3 +26,26 @@ class Devices:
             "one device cannot hold, as devices then wait for each other in every layer",
         ),
     ] = 1
+    hosts: Annotated[
+        PositiveInt,
+        Field(
+            title="N",
+            description="that compute each version together, with as many devices of each; start "
+            "the server on each of them, with the same settings but --host-index",
+        ),
+    ] = 1
+    host_index: Annotated[
+        NonNegativeInt,
+        Field(
+            title="I",
+            description="of this host among them; the one of index 0 leads and answers requests",
+        ),
+    ] = 0
+    coordinator: Annotated[
+        str,
+        Field(
+            title="ADDRESS:PORT",
+            description="where the host that leads listens to the others, without encryption: in "
+            "a network of the hosts alone",
+        ),
+    ] = ""

@@ -58,8 +58,28 @@ class Settings:
                 "{copies} has to be a power of two, as the sizes of batches are, and it is "
                 f"{self.devices.copies}"
             )
+        self._check_hosts()
         if self.models.load_model and self.models.model_control is not ModelControl.EXPLICIT:
             raise Contradiction(
                 "{load_model} needs {model_control} explicit, and it is "
                 f"{self.models.model_control}"
+            )
+
+    def _check_hosts(self) -> None:
+        devices = self.devices
+        if devices.host_index >= devices.hosts:
+            raise Contradiction(
+                f"{{host_index}} is below {{hosts}}, and they are {devices.host_index} and "
+                f"{devices.hosts}"
+            )
+        host, _, port = devices.coordinator.rpartition(":")
+        if devices.hosts > 1 and not (host and port.isdecimal() and int(port) < 2**16):
+            raise Contradiction(
+                "{hosts} need {coordinator}, the address and port of the one that leads, and it is "
+                f"'{devices.coordinator}'"
+            )
+        if devices.copies * devices.shards % devices.hosts:
+            raise Contradiction(
+                f"{{copies}} times {{shards}} are {devices.copies * devices.shards} devices, and "
+                f"{{hosts}}, {devices.hosts}, have to have as many each"
             )
