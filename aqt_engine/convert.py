@@ -26,7 +26,7 @@ from aqt_engine.functions import QuantizedFunction
 from aqt_engine.functions.folding import Function as Function
 from aqt_engine.manifest import LengthBucket
 from aqt_engine.provenance import Quantized
-from aqt_engine.rows import Op, first_mixing, mixing
+from aqt_engine.rows import Op, counting, first_mixing, mixing
 from aqt_engine.signature import Signature as Signature
 
 DEFAULT_TILE = 16
@@ -66,10 +66,10 @@ def convert(
 
     Raises:
       ConversionError: the example has no rows or unequal ones, or does not fit the signature; an
-        output is no array with the rows of its inputs; nothing is quantized; answers are not exact:
-        an operation mixes the rows of a batch, or the proof finds that they differ from training or
-        depend on other rows; or they shall be `portable` and an operation is not. The operation is
-        named as far as it can be found.
+        output is no array with the rows of its inputs; nothing is quantized; answers depend on how
+        many rows there are; they are not exact: an operation mixes the rows of a batch, or the
+        proof finds that they differ from training or depend on other rows; or they shall be
+        `portable` and an operation is not. The operation is named as far as it can be found.
       FileExistsError: `path` exists.
     """
     if isinstance(tile, int) and tile < 2:
@@ -103,6 +103,8 @@ def convert(
         bucket: bundle.Witness(inputs=of, outputs=proof.in_tiles(train, variables, of, tile))
         for bucket, of in rows.items()
     }
+
+    _refuse_counting(forward, variables, witnesses[signature.buckets[0]], tile)
 
     if portable:
         on_stage("Looking for operations that are not portable")
@@ -190,6 +192,21 @@ def _refuse_mixing(
             f"the model cannot be served exactly, as an answer would depend on what else is in its "
             f"batch: {'; '.join(map(str, found))}. Let each row be computed by itself: batch "
             f"normalization with running averages, no dropout, no sum or scale over the batch"
+        )
+
+
+def _refuse_counting(
+    forward: graphs.NamedForward, variables: Any, witness: bundle.Witness, tile: int
+) -> None:
+    inputs, answers = (
+        {name: array[:tile] for name, array in arrays.items()}
+        for arrays in (witness.inputs, witness.outputs)
+    )
+    if found := counting(forward, variables, inputs, answers):
+        raise ConversionError(
+            f"answers change with the number of rows that are computed at once: {found}. A server "
+            f"computes {tile} at once, whatever was trained with: let no answer depend on how many "
+            f"rows there are, as on `x.shape[0]`"
         )
 
 

@@ -125,7 +125,8 @@ def _while(eqn: JaxprEqn, states: Sequence[State], rows: int, op: Op) -> Sequenc
 def _cond(eqn: JaxprEqn, states: Sequence[State], rows: int, op: Op) -> Sequence[State]:
     which, *operands = states
     if not isinstance(which, Free):
-        return [Unknown()] * len(eqn.outvars)
+        # Two branches that give a row the same bits would be a coincidence of the compiler's.
+        return [Mixed(op, "is one choice for all rows, made of their values")] * len(eqn.outvars)
     branches = [
         analyze(jaxprs.closed(branch), operands, rows, op) for branch in eqn.params["branches"]
     ]

@@ -166,6 +166,22 @@ def test_inference_mode_batch_norm_converts_and_training_mode_is_refused(tmp_pat
     assert [p.name for p in (tmp_path / "m").iterdir()] == ["1"]
 
 
+def test_a_model_that_counts_its_rows_is_refused(tmp_path):
+    def counting(mode):
+        class Counting(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                y = dense(4, mode)(x)
+                return y[jnp.arange(len(y))] / (len(y) if mode is QuantMode.TRAIN else 1)
+
+        return Counting()
+
+    variables = init(counting, {"x": X})
+    named = r"change with the number of rows.*'output' by more than \d+%.*between 16 and 32 rows"
+    with pytest.raises(ConversionError, match=named):
+        convert(counting, variables, {"x": X}, tmp_path / "m" / "1")
+
+
 def _unquantized(mode):
     return nn.Dense(3)
 

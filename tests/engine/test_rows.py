@@ -10,7 +10,7 @@ from jax import lax
 import sequences
 from aqt_engine import QuantMode, config
 from aqt_engine.flax import AqtDotGeneral
-from aqt_engine.rows import first_mixing, mixing
+from aqt_engine.rows import counting, first_mixing, mixing
 
 ROWS, LENGTH, WIDTH = 5, 5, 6  # as many rows as positions, so that sizes tell nothing
 
@@ -143,6 +143,7 @@ MIXING = {
     "reduce_window_sum": lambda _, x: lax.reduce_window(
         x, 0.0, lax.add, (2, 1, 1), (1, 1, 1), "SAME"
     ),
+    "cond": lambda _, x: lax.cond((x > 0).any(), lambda y: y, lambda y: -y, x),
     "top_k": lambda _, x: x * lax.top_k(x.T, 1)[0].T,
 }
 
@@ -218,3 +219,39 @@ def test_trials_find_nothing_in_what_computes_row_by_row():
         return {"y": jax.jit(lambda x: jax.nn.softmax(x @ x.swapaxes(1, 2)))(of["x"])}
 
     assert first_mixing(fine, None, {"x": x}) is None
+
+
+def counted(fn):
+    """What is found of `fn` with four rows."""
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    x[1] = np.nan
+    answers = {"y": np.asarray(fn(None, {"x": x})["y"])}
+    return counting(fn, None, {"x": x}, answers)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: x / x.shape[0],
+        lambda x: x * 2 if len(x) > 5 else x,
+        lambda x: x + jnp.arange(8.0)[len(x) - 1],
+        lambda x: lax.fori_loop(0, len(x), lambda i, y: y * 2, x),
+        lambda x: jnp.argmax(x, axis=1) + len(x),
+    ],
+)
+def test_answers_that_depend_on_how_many_rows_there_are_are_found(fn):
+    assert "between 4 and 8 rows" in counted(lambda _, of: {"y": fn(jnp.asarray(of["x"]))})
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: x[jnp.arange(len(x)), jnp.argmax(x, axis=1)],
+        lambda x: lax.map(lambda row: row * 2, x),
+        lambda x: x.reshape(4, 3) * 2,
+        lambda x: x.at[-1].get()[None] + 0 * x,
+        lambda x: jax.nn.softmax(x),
+    ],
+)
+def test_answers_that_do_not_are_not_accused(fn):
+    assert counted(lambda _, of: {"y": fn(jnp.asarray(of["x"]))}) is None
