@@ -93,7 +93,9 @@ class Reader(contextlib.ExitStack):
         repository = Path(arguments[at + 1])
         flags = arguments[:at] + arguments[at + 2 :]
         flags += ["--http-port", "0"] if ports["--http-port"] else []
-        server = self.enter_context(serving(repository, *flags, log=Path("server.log")))
+        server = self.enter_context(
+            serving(repository, *flags, log=Path("server.log"), forked=False)
+        )
         self.ports[ports["--port"]] = server.address
         self.ports[ports["--metrics-port"]] = urlsplit(server.metrics_url).netloc
         if ports["--http-port"]:

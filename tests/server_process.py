@@ -13,18 +13,24 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from compiled import shared_cache
+from forked import Forked
 
 AQT = Path(sys.executable).parent / "aqt"
 WAIT_S = 120
 
 
 class ServerProcess:
-    def __init__(self, command: list[str | Path], log: Path):
+    """A process that runs `command`, or `aqt serve` with these flags as one that is forked."""
+
+    def __init__(self, command: list[str | Path], log: Path, *, forked: bool = False):
         self._log = log
-        with log.open("w") as stream:
-            self.process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=stream, text=True
-            )
+        if forked:
+            self.process = Forked([str(argument) for argument in command[1:]], log)
+        else:
+            with log.open("w") as stream:
+                self.process = subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=stream, text=True
+                )
         line = self.process.stdout.readline()
         assert line.startswith("listening on "), self.log()
         self.address = line.split()[-1]
@@ -73,10 +79,12 @@ def serving(
     log: Path,
     ready: bool = True,
     credentials: grpc.ChannelCredentials | None = None,
+    forked: bool = True,
 ) -> Iterator[ServerProcess]:
+    """A server of `repository`; not `forked`, by the command, as a user starts it."""
     command = [AQT, "serve", "--model-repository", repository, "--port", "0", "--metrics-port", "0"]
     command += ["--compilation-cache", shared_cache(), *flags]
-    server = ServerProcess(command, log)
+    server = ServerProcess(command, log, forked=forked)
     try:
         if ready:
             server.wait_ready(credentials)

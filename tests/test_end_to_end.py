@@ -81,7 +81,7 @@ def test_no_held_out_digit_differs_in_any_bit(digits, tmp_path):
             assert_same_bits(found[name], array[pick])
 
     with (
-        serving(root / "repository", log=tmp_path / "log") as server,
+        serving(root / "repository", log=tmp_path / "log", forked=False) as server,
         concurrent.futures.ThreadPoolExecutor(8) as pool,
     ):
         jobs = [pool.submit(client, seed) for seed in range(4) for client in (ours, theirs)]

@@ -25,7 +25,7 @@ def test_quickstart(tmp_path):
     subprocess.run([sys.executable, python], cwd=tmp_path, check=True, timeout=WAIT_S)
     assert block("serve").split()[:2] == [".venv/bin/aqt", "serve"]
     repository = tmp_path / block("serve").split("--model-repository ")[1].split()[0]
-    with serving(repository, log=tmp_path / "log") as server:
+    with serving(repository, log=tmp_path / "log", forked=False) as server:
         ask = block("ask").replace("localhost:8001", server.address)
         loading = (
             "import sklearn.datasets\nx = sklearn.datasets.load_iris().data.astype('float32')\n"

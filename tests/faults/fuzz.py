@@ -127,7 +127,7 @@ def main() -> None:
         )
         wrong_bodies = fuzz_bodies(arguments.inputs // 10, arguments.seed)
         took = time.monotonic() - started
-        with serving(repository, *fast_flags(), log=Path(name) / "log") as server:
+        with serving(repository, *fast_flags(), log=Path(name) / "log", forked=False) as server:
             before = psutil.Process(server.process.pid).memory_info().rss
             doors = [server.address, *filter(None, [server.fast_address])]
             live = collections.Counter[str]()

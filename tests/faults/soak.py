@@ -227,7 +227,7 @@ def main() -> None:
         bundle = root / "repository" / MODEL / "1"
         write_linear(bundle)
         flags = (*fast_flags(), "--http-port", "0")
-        with serving(root / "repository", *flags, log=root / "log") as server:
+        with serving(root / "repository", *flags, log=root / "log", forked=False) as server:
             traffic, samples = asyncio.run(soak(server, bundle, arguments.minutes * 60))
             code = server.terminate()
             log = server.log()

@@ -61,7 +61,7 @@ def test_sigterm_under_load_answers_what_was_accepted(repository, tmp_path):
                 assert (found.view(np.uint32) == expected.view(np.uint32)).all()
 
     with (
-        serving(repository, log=tmp_path / "log") as server,
+        serving(repository, log=tmp_path / "log", forked=False) as server,
         concurrent.futures.ThreadPoolExecutor(4) as pool,
     ):
         clients = [pool.submit(one_client) for _ in range(4)]

@@ -1,0 +1,74 @@
+"""Servers forked from one process that has imported what they import: most of a start is that.
+
+A test worker has one such process. What a server does from there on is what `aqt serve` does, in a
+process of its own; tests of the start itself use the command.
+"""
+
+import functools
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+
+@functools.cache
+def _context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    # The last is what JAX imports for its first program.
+    context.set_forkserver_preload(
+        ["aqt_cli.main", "aqt_server.records", "aqt_server.server", "scipy.linalg"]
+    )
+    return context
+
+
+class Forked:
+    """As much of `subprocess.Popen` as tests use, with a pipe for its output, stderr in `log`."""
+
+    def __init__(self, arguments: Sequence[str], log: Path):
+        receiver, sender = _context().Pipe(duplex=False)
+        told = (arguments, Path.cwd(), dict(os.environ), sender, log.absolute())
+        self._process = _context().Process(target=_aqt, args=told)
+        self._process.start()
+        sender.close()
+        self.stdout = open(os.dup(receiver.fileno()))  # noqa: SIM115 - closed by whom it is for
+        receiver.close()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        self._process.join(timeout)
+        code = self.poll()
+        assert code is not None, f"the server still runs after {timeout} s"
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def _aqt(
+    arguments: Sequence[str], folder: Path, environment: dict[str, str], out: Connection, log: Path
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    os.dup2(out.fileno(), 1)
+    out.close()
+    with log.open("w") as stream:
+        os.dup2(stream.fileno(), 2)
+    from aqt_cli.main import app
+
+    sys.argv = ["aqt", *arguments]
+    app()
