@@ -18,7 +18,8 @@ from aqt_client import Client, DeadlineExceeded, NotFound, Unavailable
 
 READY_S = 300
 
-console = Console()
+# In a file, too, a table keeps its words.
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def save(variables: Mapping[str, Any], path: Path) -> None:
