@@ -8,6 +8,8 @@ import hypothesis
 from aqt_server.compiled import keep_in
 from compiled import shared_cache
 
+ENGINE = Path(__file__).parent / "engine"
+
 # What a worker or a server has compiled, no other compiles again.
 keep_in(Path(shared_cache()))
 
@@ -26,3 +28,5 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if item.get_closest_marker("long")]
         items[:] = [item for item in items if not item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=left_out)
+    # Last what sets up little: two workers share out the end, and neither does a setup again.
+    items.sort(key=lambda item: ENGINE in item.path.parents)

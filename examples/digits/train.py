@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from sklearn.datasets import load_digits
@@ -46,7 +45,7 @@ def train(
     """The variables of `model` after training; `on_epoch` is told each epoch's mean loss."""
     steps = len(data.labels) // BATCH
     key, init_key = jax.random.split(jax.random.key(seed))
-    variables = model.init(init_key, jnp.asarray(data.images[:1]))
+    variables = model.lazy_init(init_key, jax.ShapeDtypeStruct((1, 8, 8), np.float32))
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, epochs * steps), weight_decay=1e-2)
 
     @jax.jit

@@ -47,7 +47,8 @@ def inputs_of(patients: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def initial(model: Prognosis) -> Mapping[str, Any]:
     """The variables of `model` before any training."""
-    return model.init(jax.random.key(0), **inputs_of(split_patients()[0]))
+    shapes = jax.eval_shape(lambda inputs: inputs, inputs_of(split_patients()[0]))
+    return model.lazy_init(jax.random.key(0), **shapes)
 
 
 def train(model: Prognosis) -> Mapping[str, Any]:

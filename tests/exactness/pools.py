@@ -31,11 +31,17 @@ class Pool:
         return {name: a[rows] for name, a in self.answers.items()}
 
 
-def convert_all(names: Sequence[str], repository: Path) -> dict[str, list[Pool]]:
-    """Converts the models, with weights that were not trained, and gives the pools of each."""
+def convert_all(
+    names: Sequence[str], repository: Path, lengths: Sequence[int] = ()
+) -> dict[str, list[Pool]]:
+    """Converts the models, with weights that were not trained, and gives the pools of each.
+
+    `lengths` are buckets for the small ones in place of their own.
+    """
     pools: dict[str, list[Pool]] = {}
     for name in names:
-        model = MODELS[name] if name in SMALL else MODELS[name].with_lengths(SHORT)
+        sizes = lengths if name in SMALL else (SHORT,)
+        model = MODELS[name].with_lengths(*sizes) if sizes else MODELS[name]
         forward = convert_untrained(model, repository)
         pools[name] = _pools(model, forward)
     return pools

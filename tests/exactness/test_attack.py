@@ -15,13 +15,14 @@ from exactness.replica import Replica, two_replicas
 pytestmark = pytest.mark.slow
 
 MODELS = ("patients_int8", "language_int8")
+LENGTHS = (16, 64)
 REQUESTS = 2000
 
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
     repository = tmp_path_factory.mktemp("bundles")
-    return repository, convert_all(MODELS, repository)
+    return repository, convert_all(MODELS, repository, LENGTHS)
 
 
 @pytest.mark.timeout(900)

@@ -11,16 +11,18 @@ from server_process import serving
 
 def assert_served_exactly(names: list[str], root: Path) -> None:
     """Models with their fast weights answer from a server process as R does, row by row."""
-    references = {name: zoo.make(zoo.MODELS[name], root, fast=True) for name in names}
+    models = [zoo.MODELS[name] for name in names]
+    references = [zoo.make(model, root, fast=True) for model in models]
+    flags = ("--proof-s", "0", "--max-batch-rows", "64")
     with (
-        serving(root / "repository", log=root / "log") as server,
+        serving(root / "repository", *flags, log=root / "log") as server,
         Client(server.address, timeout_s=120) as client,
     ):
-        for name, reference in references.items():
-            assert client.is_model_ready(name), server.log()
-            values, differ = zoo.compare(zoo.MODELS[name], reference, client)
+        for model, reference in zip(models, references, strict=True):
+            assert client.is_model_ready(model.name), server.log()
+            values, differ = zoo.compare(model, reference, client)
             assert values > 0
-            assert differ == 0, name
+            assert differ == 0, model.name
 
 
 def assert_no_float_copy(path: Path, *, quantized: int, floats: Sequence[str] = ()) -> None:
