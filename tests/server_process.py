@@ -45,7 +45,8 @@ class ServerProcess:
         return line.split()[-1]
 
     def log(self) -> str:
-        return self._log.read_text()
+        # gRPC writes there what clients send, which need not be text.
+        return self._log.read_text(errors="replace")
 
     def wait_ready(self, credentials: grpc.ChannelCredentials | None = None) -> None:
         """Blocks on the health service's own stream until everything is loaded or refused."""

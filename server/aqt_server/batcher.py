@@ -66,6 +66,7 @@ class Batcher:
         self._hung_s = hung_s
         self._service_time = ServiceTime()
         self._expected = self._service_time.expected
+        self._most = self._service_time.most
         self._queue = Queue()
         self._computing: list[Waiting] = []
         self._started = 0.0
@@ -193,7 +194,7 @@ class Batcher:
         deadline: float | None,
         answer_by: float | None,
     ) -> None:
-        """Refuses what cannot be done in time, even if all goes as fast as it went so far.
+        """Refuses what is not all but certain to be done in time, by what batches took so far.
 
         An idle version takes everything, so that what batches take is measured again.
         """
@@ -206,12 +207,18 @@ class Batcher:
         ahead = self._queue.rows_before(priority, now)
         behind = self._service_time.behind(group, ahead, rows, self._max_batch_rows)
         start, answered = (free + seconds for seconds in behind)
-        late = deadline is not None and start > deadline
-        if late or (answer_by is not None and answered > answer_by):
+        over_s = max(
+            start - (math.inf if deadline is None else deadline),
+            answered - (math.inf if answer_by is None else answer_by),
+        )
+        if over_s > 0:
+            # With nothing before it, it would be in time; where it would not, no later time helps.
+            alone = answer_by is None or now + self._most(group, rows) <= answer_by
             raise DeadlineExceeded(
                 f"the request would be computed in {start - now:.3g} s and answered in "
                 f"{answered - now:.3g} s, as {ahead} rows wait before it, and its time is up "
-                f"before: allow it more, or send fewer at once"
+                f"before: allow it more, or send fewer at once",
+                retry_s=max(0.01, over_s) if alone else None,
             )
 
     def _expire(self, waiting: Waiting) -> None:
@@ -307,11 +314,11 @@ class Batcher:
             if waiting.answer.done():
                 self._queue.remove(waiting)
                 continue
-            if now + self._expected(waiting.group, waiting.rows) > waiting.answer_by:
+            if now + self._most(waiting.group, waiting.rows) > waiting.answer_by:
                 late.append(waiting)
                 continue
             by = min(by, waiting.answer_by)
-            if batch and now + self._expected(waiting.group, rows + waiting.rows) > by:
+            if batch and now + self._most(waiting.group, rows + waiting.rows) > by:
                 break
             batch.append(waiting)
             rows += waiting.rows

@@ -40,6 +40,8 @@ class RequestError(Exception):
 
     code = grpc.StatusCode.UNKNOWN
     reason = FailureReason.OTHER
+    retry_s: float | None = None
+    """In how many seconds the same request may be answered, where that can be said."""
 
 
 class InvalidRequest(RequestError):
@@ -104,10 +106,17 @@ class TooLarge(RequestError):
 
 
 class DeadlineExceeded(RequestError):
-    """The request's time was up before it was computed."""
+    """The request's time was up before it was computed, or was certain to be.
+
+    `retry_s` is when others would be out of its way, if it has time enough without them.
+    """
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
     reason = FailureReason.REJECTED
+
+    def __init__(self, sentence: str, *, retry_s: float | None = None):
+        super().__init__(sentence)
+        self.retry_s = retry_s
 
 
 class NotSupported(RequestError):

@@ -14,7 +14,7 @@ import grpc
 from aiohttp import web
 
 from aqt_server.call import Call
-from aqt_server.errors import InvalidRequest, Overloaded
+from aqt_server.errors import InvalidRequest, RequestError
 from aqt_server.metrics import Metrics
 from aqt_server.rpc import status_of
 from aqt_server.security.authentication import Principal
@@ -107,7 +107,7 @@ async def errors_in_json(request: web.Request, handler: Handler) -> web.StreamRe
     except Exception as error:
         code, sentence = status_of(error)
         response = answer_in_json({"error": sentence}, status=_STATUSES.get(code, 500))
-        if isinstance(error, Overloaded):
+        if isinstance(error, RequestError) and error.retry_s is not None:
             response.headers["Retry-After"] = str(math.ceil(error.retry_s))
         if response.status == 401:
             response.headers["WWW-Authenticate"] = "Bearer"

@@ -6,6 +6,7 @@ import math
 import socket
 import ssl
 import time
+from collections.abc import Callable
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -59,7 +60,7 @@ class Port:
         """
         await self._runner.setup()
         self._listening = await asyncio.get_running_loop().create_server(
-            self._connected,
+            lambda: _Entrance(self._connected),
             host,
             port,
             ssl=encryption,
@@ -72,17 +73,21 @@ class Port:
                 taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(_SEND_S * 1e3))
         return self._listening.sockets[0].getsockname()[1]
 
-    def _connected(self) -> asyncio.BaseProtocol:
+    def _connected(self, transport: asyncio.Transport) -> None:
         server = self._runner.server
         assert server
         if len(server.connections) < self._most:
-            return server()
+            protocol = server()
+            transport.set_protocol(protocol)
+            protocol.connection_made(transport)
+            return
+        transport.write(_TOO_MANY)
+        transport.close()
         if (now := time.monotonic()) > self._told + _TELL_S:
             self._told = now
             _log.warning(
                 "%d connections are open, and more are refused: see --max-connections", self._most
             )
-        return _Refusal()
 
     async def close(self) -> None:
         """Takes no more requests, and gives those that are answered now a second."""
@@ -91,14 +96,19 @@ class Port:
         await self._runner.cleanup()
 
 
-class _Refusal(asyncio.Protocol):
-    """Tells a client that there are too many, and closes."""
+class _Entrance(asyncio.Protocol):
+    """Hands a connection over at the moment when it is made.
+
+    Many that come at once are accepted before the first of them is made, and counted then.
+    """
+
+    def __init__(self, connected: Callable[[asyncio.Transport], None]):
+        self._connected = connected
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Answers what was not asked yet."""
+        """Takes or refuses it."""
         assert isinstance(transport, asyncio.Transport)
-        transport.write(_TOO_MANY)
-        transport.close()
+        self._connected(transport)
 
 
 @web.middleware

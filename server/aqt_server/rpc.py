@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 from aqt_protos import SERVICE_NAME
 from aqt_protos import open_inference_pb2 as pb
 from aqt_server.call import Call
-from aqt_server.errors import InvalidRequest, Overloaded, RequestError
+from aqt_server.errors import InvalidRequest, RequestError
 from aqt_server.security.authorization import Action, Guard
 from aqt_server.service import Service
 from aqt_server.streaming import answer_in_order
@@ -168,7 +168,7 @@ def _refusing(
 
 def details_of(error: Exception) -> tuple[tuple[str, bytes], ...]:
     """Metadata that says when to come again, as google.rpc has it; for other errors nothing."""
-    if not isinstance(error, Overloaded):
+    if not isinstance(error, RequestError) or error.retry_s is None:
         return ()
     info = error_details_pb2.RetryInfo()
     info.retry_delay.FromMilliseconds(math.ceil(error.retry_s * 1e3))

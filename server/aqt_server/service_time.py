@@ -1,41 +1,60 @@
 """How long batches of one version take to compute: an exponential average of those that were."""
 
+import math
 from collections.abc import Hashable
 
 _WEIGHT = 0.2
-"""Of the newest batch in the average."""
+"""Of the newest batch in the average, and in that of the deviations."""
+_DEVIATIONS = 3.0
+"""That are allowed for where a time must not be missed: were they normal, 1 % would take longer."""
 
 
 class ServiceTime:
-    """Averages by group and number of rows, rounded up to a power of two, as executables are."""
+    """Averages by group and number of rows, rounded up to a power of two, as executables are.
+
+    Beside the average goes the mean deviation from it, as TCP has it for round trips (RFC 6298).
+    """
 
     def __init__(self):
-        self._averages: dict[Hashable, dict[int, float]] = {}
+        self._averages: dict[Hashable, dict[int, tuple[float, float]]] = {}
 
     def add(self, group: Hashable, rows: int, seconds: float) -> None:
         """Counts a batch of `rows` rows that took so long."""
         averages = self._averages.setdefault(group, {})
         size = _size(rows)
-        before = averages.get(size, seconds)
-        averages[size] = before + _WEIGHT * (seconds - before)
+        before, deviation = averages.get(size, (seconds, 0.0))
+        off = seconds - before
+        averages[size] = before + _WEIGHT * off, deviation + _WEIGHT * (abs(off) - deviation)
 
     def expected(self, group: Hashable, rows: int) -> float:
-        """Seconds that a batch of `rows` rows takes, at the least.
+        """Seconds that a batch of `rows` rows takes in the mean.
 
         Where no batch of that size was computed, those of the largest smaller size that was, or 0.
         """
-        averages = self._averages.get(group, {})
-        known = [size for size in averages if size <= _size(rows)]
-        return averages[max(known)] if known else 0.0
+        return self._known(group, rows)[0]
+
+    def most(self, group: Hashable, rows: int) -> float:
+        """Seconds in which a batch of `rows` rows is all but certain to be computed."""
+        mean, deviation = self._known(group, rows)
+        return mean + _DEVIATIONS * deviation
 
     def behind(self, group: Hashable, ahead: int, rows: int, most: int) -> tuple[float, float]:
         """Seconds until `rows` rows behind `ahead` others begin to be computed, and until they end.
 
-        Batches are of `most` rows. Behind a whole one there is a crowd, which fills the next too.
+        The first is the mean, the second what is all but certain. Batches are of `most` rows.
+        Behind a whole one there is a crowd, which fills the next too.
         """
-        start = ahead // most * self.expected(group, most)
+        whole = ahead // most
+        start = whole * self.expected(group, most)
         together = ahead + rows if ahead < most else most
-        return start, start + self.expected(group, max(rows, min(together, most)))
+        mean, deviation = self._known(group, max(rows, min(together, most)))
+        # Deviations of one batch and of another partly cancel.
+        return start, start + mean + _DEVIATIONS * deviation * math.sqrt(whole + 1)
+
+    def _known(self, group: Hashable, rows: int) -> tuple[float, float]:
+        averages = self._averages.get(group, {})
+        known = [size for size in averages if size <= _size(rows)]
+        return averages[max(known)] if known else (0.0, 0.0)
 
 
 def _size(rows: int) -> int:

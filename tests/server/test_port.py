@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 
 import pytest
 from aiohttp import web
@@ -64,6 +65,29 @@ def test_who_does_not_read_is_cut_off(monkeypatch):
             assert len(await ended(reader)) < 2**25
             writer.close()
 
+    run(check)
+
+
+def test_a_burst_is_bounded_as_well():
+    """All are accepted by the system before the server looks at the first."""
+
+    async def check():
+        async with listening(max_connections=5) as number:
+            with contextlib.ExitStack() as held:
+                for _ in range(20):
+                    one = socket.create_connection(("127.0.0.1", number), timeout=BOUND_S)
+                    held.enter_context(one).setblocking(False)
+                    sockets.append(one)
+                loop = asyncio.get_running_loop()
+                waiting = {asyncio.create_task(loop.sock_recv(one, 100)) for one in sockets}
+                while len(waiting) > 5:
+                    told, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                    assert all(b" 503 " in task.result() for task in told)
+                for task in waiting:
+                    task.cancel()
+                assert len(waiting) == 5
+
+    sockets = []
     run(check)
 
 

@@ -123,6 +123,38 @@ def test_what_cannot_be_answered_in_time_is_refused_at_once():
     with_batcher(test)
 
 
+def test_what_took_now_more_and_now_less_is_given_more_time():
+    measured = ServiceTime()
+    for seconds in (1.0, 1.5, 0.5, 1.5, 0.5) * 20:
+        measured.add((), 8, seconds)
+    mean = measured.expected((), 8)
+    assert 0.8 < mean < 1.2
+    assert 1.5 < measured.most((), 8) < 2.6
+    start, end = measured.behind((), 24, 8, 8)
+    assert start == pytest.approx(3 * mean)
+    assert end == pytest.approx(4 * mean + 2 * (measured.most((), 8) - mean))
+
+
+def test_who_has_too_little_time_is_told_when_the_others_are_out_of_the_way():
+    async def test(program, batcher):
+        await computed_in(program, batcher, 2.0)
+        program.gate.clear()
+        now = asyncio.get_running_loop().time()
+        first = ask(batcher, 1)
+        await until_computing(program)
+        # Answered in 4 s: a second after its time, and never in the time of the other.
+        with pytest.raises(DeadlineExceeded) as refused:
+            await batcher.run(rows(2), answer_by=now + 3.0)
+        assert refused.value.retry_s == pytest.approx(1.0)
+        with pytest.raises(DeadlineExceeded) as refused:
+            await batcher.run(rows(2), answer_by=now + 1.9)
+        assert refused.value.retry_s is None
+        program.gate.set()
+        await first
+
+    with_batcher(test)
+
+
 def test_behind_a_full_batch_a_request_is_expected_to_go_in_a_full_one():
     measured = ServiceTime()
     measured.add((), 1, 2.0)
@@ -142,7 +174,7 @@ def test_what_is_late_in_its_turn_is_refused_and_no_batch_outgrows_the_time_of_i
         await until_computing(program)
         # Expected to begin in 2 s; it will be in 3.
         late = ask(batcher, 1, answer_by=now + 4.5)
-        in_time = ask(batcher, 2, answer_by=now + 5.5)
+        in_time = ask(batcher, 2, answer_by=now + 6.0)
         company = ask(batcher, *range(10, 17))
         await turn(3.0)
         program.started.clear()
@@ -151,7 +183,7 @@ def test_what_is_late_in_its_turn_is_refused_and_no_batch_outgrows_the_time_of_i
         with pytest.raises(DeadlineExceeded, match="could not be computed in its time"):
             await late
         await asyncio.gather(in_time, company)
-        # Together the two would take 4 s, and one alone takes 2.2 by now.
+        # Together the two would take 4 s, and one alone takes 2.2 by now, or 2.8 at the most.
         assert program.batches[3:] == [[2.0], [float(n) for n in range(10, 17)]]
 
     with_batcher(test)
