@@ -13,7 +13,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 
 
 .PHONY: demo zoo papers attack faults fuzz soak test test-long check differential fmt proto lock clean
 .PHONY: bench bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness
-.PHONY: bench-memory bench-kernel bench-peers bench-overload lock-peers
+.PHONY: bench-memory bench-kernel bench-scale bench-peers bench-overload lock-peers
 .PHONY: deploy-test image-test manifests ray-test wheels test-latest test-minimum docs notebook
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
@@ -59,6 +59,9 @@ bench-fairness: .venv/installed  ## whether a flooded model holds up another: do
 
 bench-memory: .venv/installed  ## what converting and serving hold beside the weights: docs/performance.md
 	$(BIN)/python -m benchmarks.memory --markdown --json out/bench/memory.json
+
+bench-scale: .venv/installed  ## how cost grows with rows, layers, lengths, models and clients
+	$(BIN)/python -m benchmarks.scale --markdown --json out/bench/scale.json --plot out/bench/scale.png
 
 # The environments of peers are made in out/bench/env at the first run, which takes minutes more.
 bench: bench-peers bench-serving bench-training bench-exactness  ## all tables of a CPU, in out/bench

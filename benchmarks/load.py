@@ -34,10 +34,13 @@ def load(
     message: bytes,
     *,
     in_flight: int,
+    clients: int = 1,
     seconds: float,
     processes: Iterable[int],
 ) -> Load:
     """`message` is sent to the RPC at `path` for about so many seconds, `in_flight` at a time.
+
+    So many are under way on the connection of each of the `clients`.
 
     `processes` are the ids of the server's, whose children count too.
 
@@ -45,11 +48,13 @@ def load(
       RuntimeError: h2load is not there, or a request had no answer.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = (f"http://{address}{path}", _body(folder, message), in_flight)
+        command = (f"http://{address}{path}", _body(folder, message), in_flight, clients)
         # Counted, not timed: h2load then waits for every answer.
-        trial = _requests_per_s(_h2load(*command, requests=20 * in_flight))
-        requests = math.ceil(trial * seconds / 4)
-        requests = math.ceil(_requests_per_s(_h2load(*command, requests=requests)) * seconds)
+        least = in_flight * clients
+        trial = _requests_per_s(_h2load(*command, requests=20 * least))
+        requests = max(least, math.ceil(trial * seconds / 4))
+        rate = _requests_per_s(_h2load(*command, requests=requests))
+        requests = max(least, math.ceil(rate * seconds))
         tree = [p for process in processes for p in _tree(process)]
         before = _processor_s(tree)
         told = _h2load(*command, requests=requests)
@@ -72,7 +77,7 @@ def flooding(address: str, path: str, message: bytes, *, in_flight: int) -> Iter
       RuntimeError: h2load is not there, or ended before the block.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = _command(f"http://{address}{path}", _body(folder, message), in_flight)
+        command = _command(f"http://{address}{path}", _body(folder, message), in_flight, 1)
         process = subprocess.Popen([*command, "-D", "900"], stdout=subprocess.DEVNULL)
         try:
             yield
@@ -90,20 +95,20 @@ def _body(folder: str, message: bytes) -> Path:
     return body
 
 
-def _command(url: str, body: Path, in_flight: int) -> list[str]:
+def _command(url: str, body: Path, in_flight: int, clients: int) -> list[str]:
     command = shutil.which("h2load")
     if command is None:
         raise RuntimeError("h2load is not installed: it is in the package nghttp2-client of Debian")
     headers = ("content-type: application/grpc", "te: trailers")
     return [
-        *(command, "-c", "1", "-t", "1", "-m", str(in_flight), "-d", str(body)),
+        *(command, "-c", str(clients), "-t", "1", "-m", str(in_flight), "-d", str(body)),
         *(*(part for header in headers for part in ("-H", header)), url),
     ]
 
 
-def _h2load(url: str, body: Path, in_flight: int, *, requests: int) -> str:
+def _h2load(url: str, body: Path, in_flight: int, clients: int, *, requests: int) -> str:
     done = subprocess.run(
-        [*_command(url, body, in_flight), "-n", str(requests)],
+        [*_command(url, body, in_flight, clients), "-n", str(requests)],
         capture_output=True,
         text=True,
         check=True,
