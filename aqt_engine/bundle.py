@@ -6,8 +6,9 @@ A bundle is a directory `NAME/VERSION/`:
     graph.stablehlo    the SERVE forward at the tile, from `jax.export`; weights are arguments
     graph.batched...   the same at any number of rows, for mode fast; where the model allows it
     graphs/            instead, for symbolic dimensions, two of each length bucket: length=16....
-    weights/           an Orbax checkpoint of those arguments
-    witness/           an Orbax checkpoint of inputs and of the training forward's outputs
+    weights/           an Orbax checkpoint of those arguments, by their numbers in the manifest
+    witness/           an Orbax checkpoint of inputs and of the training forward's outputs, bucket
+                       after bucket, as the manifest has them
 
 It is written under a temporary name and renamed, so that a reader sees a whole bundle or none.
 Loading runs no code from it: the graph is StableHLO, the arrays are plain, and nothing is pickled.
@@ -18,6 +19,7 @@ system's business.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +28,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pydantic
 from jax import export
 
+from aqt_engine import arrays
 from aqt_engine.files import (
     MANIFEST,
     check_files,
@@ -52,7 +54,7 @@ from aqt_engine.manifest import TileCost as TileCost
 from aqt_engine.manifest import WeightSpec as WeightSpec
 from aqt_engine.provenance import Provenance, Quantized
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _WEIGHTS = "weights"
 _WITNESS = "witness"
 
@@ -67,7 +69,8 @@ _ADDED_IN_2: Mapping[str, Any] = {
     "portable": False,
 }
 
-Arrays = Mapping[str, np.ndarray[Any, Any]]
+Array = np.ndarray[Any, Any]
+Arrays = Mapping[str, Array]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +144,9 @@ def write(
     Raises:
       FileExistsError: something already stands at `path`; a version is never overwritten.
     """
+    graphs: Mapping[LengthBucket, export.Exported]
     graphs = {(): graph} if isinstance(graph, export.Exported) else graph
+    witnesses: Mapping[LengthBucket, Witness]
     witnesses = {(): witness} if isinstance(witness, Witness) else witness
     target = Path(path).absolute()
     if target.exists():
@@ -156,15 +161,18 @@ def write(
                 file = temporary / _graph_file(lengths, bucket, kind)
                 file.parent.mkdir(exist_ok=True)
                 file.write_bytes(exported.serialize())
-        _save_arrays(temporary / _WEIGHTS, weights)
-        _save_arrays(
+        arrays.save(temporary / _WEIGHTS, list(weights.values()))
+        arrays.save(
             temporary / _WITNESS,
-            {
-                f"{_witness_part(lengths, bucket)}{side}/{name}": array
-                for bucket, w in witnesses.items()
-                for side, arrays in (("inputs", w.inputs), ("outputs", w.outputs))
-                for name, array in arrays.items()
-            },
+            [
+                array
+                for bucket in itertools.product(*lengths.values())
+                for specs, of in (
+                    (inputs, witnesses[bucket].inputs),
+                    (outputs, witnesses[bucket].outputs),
+                )
+                for array in (of[spec.name] for spec in specs)
+            ],
         )
         manifest = Manifest(
             inputs=inputs,
@@ -255,16 +263,7 @@ def load(path: str | os.PathLike[str]) -> Bundle:
     check_files(root, manifest)
     try:
         graphs, batched = _load_graphs(root, manifest, ""), _load_graphs(root, manifest, _BATCHED)
-        weights = _load_arrays(root / _WEIGHTS)
-        arrays = _load_arrays(root / _WITNESS)
-        witnesses: dict[LengthBucket, Witness] = {}
-        for bucket in manifest.length_buckets:
-            part = _witness_part(manifest.lengths, bucket)
-            witnesses[bucket] = Witness(
-                inputs={s.name: arrays[f"{part}inputs/{s.name}"] for s in manifest.inputs},
-                outputs={s.name: arrays[f"{part}outputs/{s.name}"] for s in manifest.outputs},
-            )
-        ordered = tuple(weights[spec.name] for spec in manifest.weights)
+        weights, witnesses = _load_arrays(root, manifest)
     except (MemoryError, OSError, jax.errors.JaxRuntimeError):
         # Of this machine at this moment: the digests are right.
         raise
@@ -288,7 +287,7 @@ def load(path: str | os.PathLike[str]) -> Bundle:
         manifest=manifest,
         graphs=graphs,
         batched=batched,
-        weights=ordered,
+        weights=weights,
         witnesses=witnesses,
     )
 
@@ -297,10 +296,6 @@ def _graph_file(lengths: Mapping[str, Any], bucket: LengthBucket, kind: str) -> 
     if not lengths:
         return f"graph{kind}.stablehlo"
     return f"graphs/{bucket_name(dict(zip(lengths, bucket, strict=True)))}{kind}.stablehlo"
-
-
-def _witness_part(lengths: Mapping[str, Any], bucket: LengthBucket) -> str:
-    return f"{bucket_name(dict(zip(lengths, bucket, strict=True)))}/" if lengths else ""
 
 
 def _load_graphs(root: Path, manifest: Manifest, kind: str) -> dict[LengthBucket, export.Exported]:
@@ -312,23 +307,39 @@ def _load_graphs(root: Path, manifest: Manifest, kind: str) -> dict[LengthBucket
     }
 
 
-def _checkpointer() -> ocp.StandardCheckpointer:
-    # Alone: by itself it waits for the other processes of JAX's, who read other files, or none.
-    here = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"host{here}"
-    )
-    return ocp.StandardCheckpointer(multiprocessing_options=alone)
+def _load_arrays(
+    root: Path, manifest: Manifest
+) -> tuple[tuple[Array, ...], dict[LengthBucket, Witness]]:
+    """The weights and, by length bucket, the witnesses."""
+    if arrays.by_name(root / _WEIGHTS):
+        return _named_arrays(root, manifest)
+    weights = arrays.load(root / _WEIGHTS)
+    values = iter(arrays.load(root / _WITNESS))
+    witnesses = {
+        bucket: Witness(
+            inputs={spec.name: next(values) for spec in manifest.inputs},
+            outputs={spec.name: next(values) for spec in manifest.outputs},
+        )
+        for bucket in manifest.length_buckets
+    }
+    return tuple(weights), witnesses
 
 
-def _save_arrays(path: Path, arrays: Arrays) -> None:
-    with _checkpointer() as checkpointer:
-        checkpointer.save(path, dict(arrays))
-
-
-def _load_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    with _checkpointer() as checkpointer:
-        return {k: np.asarray(v) for k, v in checkpointer.restore(path.absolute()).items()}
+def _named_arrays(
+    root: Path, manifest: Manifest
+) -> tuple[tuple[Array, ...], dict[LengthBucket, Witness]]:
+    """The same of formats 1 and 2, which had arrays by their names."""
+    weights = arrays.restore(root / _WEIGHTS)
+    values = arrays.restore(root / _WITNESS)
+    witnesses: dict[LengthBucket, Witness] = {}
+    for bucket in manifest.length_buckets:
+        sizes = manifest.sizes(bucket)
+        part = f"{bucket_name(sizes)}/" if sizes else ""
+        witnesses[bucket] = Witness(
+            inputs={s.name: values[f"{part}inputs/{s.name}"] for s in manifest.inputs},
+            outputs={s.name: values[f"{part}outputs/{s.name}"] for s in manifest.outputs},
+        )
+    return tuple(weights[spec.name] for spec in manifest.weights), witnesses
 
 
 def _check_graph(

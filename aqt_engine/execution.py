@@ -31,6 +31,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from aqt_engine import lengths
+from aqt_engine.arrays import aligned_zeros
 from aqt_engine.bundle import Bundle, BundleError
 from aqt_engine.kernels import library
 from aqt_engine.kernels.substitution import Packing, Substituted, substituted
@@ -38,7 +39,6 @@ from aqt_engine.layout import COPIES, Layout, replicating
 from aqt_engine.manifest import LengthBucket
 
 Array = np.ndarray[Any, Any]
-_ALIGNMENT = 64
 
 
 class Mode(enum.StrEnum):
@@ -56,14 +56,6 @@ def tile_buckets(max_rows: int, tile: int, layout: Layout = Layout()) -> tuple[i
     tiles = math.ceil(max_rows / tile / layout.copies)
     last = max(0, math.ceil(math.log2(max(1, tiles))))
     return tuple(layout.copies * 2**i for i in range(last + 1))
-
-
-def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Zeros at an address that executables on a CPU read from; others they copy."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(nbytes + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 class Program:

@@ -10,11 +10,11 @@ from jax import export
 
 from aqt_engine.convertible import ConversionError, Inputs, Leaf, Serving
 from aqt_engine.manifest import LengthBucket
+from aqt_engine.proof import NamedForward as NamedForward
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 Structs = Mapping[str, jax.ShapeDtypeStruct]
-NamedForward = Callable[[Any, Inputs], dict[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

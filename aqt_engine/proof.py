@@ -15,7 +15,6 @@ import numpy as np
 from aqt_engine import lengths, witness
 from aqt_engine.bundle import Arrays, Bundle, Witness
 from aqt_engine.execution import Program
-from aqt_engine.graphs import NamedForward
 from aqt_engine.manifest import LengthBucket, Manifest, bucket_name
 from aqt_engine.witness import Verdict
 
@@ -23,6 +22,8 @@ Array = np.ndarray[Any, Any]
 Reference = Callable[[LengthBucket, Arrays], Arrays]
 """The outputs for inputs of whole tiles at a length bucket, computed tile by tile."""
 Trial = tuple[str, Verdict]
+NamedForward = Callable[[Any, Mapping[str, Any]], dict[str, jax.Array]]
+"""Outputs by name, of variables and of inputs by name."""
 _SEED = 0
 
 

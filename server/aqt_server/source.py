@@ -6,7 +6,6 @@ from typing import Protocol
 
 from aqt_server.directory import Directory, Fingerprint, Key
 from aqt_server.directory import SourceError as SourceError
-from aqt_server.store import Store
 
 
 class Source(Protocol):
@@ -40,6 +39,9 @@ def open_source(repository: str, cache: Path) -> Source:
       SourceError: there is none.
     """
     if "://" in repository:
+        # With fsspec, which only a store needs.
+        from aqt_server.store import Store
+
         return Store(repository, cache.expanduser())
     root = Path(repository)
     if not root.is_dir():

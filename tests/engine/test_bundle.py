@@ -261,7 +261,7 @@ def test_a_part_of_another_bundle_is_refused(own, tmp_path, part):
 
 @pytest.mark.parametrize("name", ["code.py", "weights/extra", "witness/d/deep/extra", ".hidden"])
 def test_a_file_that_is_added_is_named(own, name):
-    (own / name).parent.mkdir(exist_ok=True)
+    (own / name).parent.mkdir(parents=True, exist_ok=True)
     (own / name).write_bytes(b"")
     refusal(own, f"{name} is not listed")
 

@@ -7,12 +7,16 @@ import json
 import shutil
 
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import bundles
 from aqt_engine import bundle
 from aqt_engine.bundle import BundleError
+from aqt_engine.files import digest, files
 from aqt_engine.manifest import FileDigest
+from engine.contractions import assert_same_bits
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +48,12 @@ def test_what_is_no_manifest_is_refused(own, text):
     assert "no JSON manifest" in refusal(own, "manifest.json")
 
 
-@pytest.mark.parametrize("version", [3, 0, 10**30, "1", None, True, [1], {}])
+@pytest.mark.parametrize("version", [4, 0, 10**30, "1", None, True, [1], {}])
 def test_another_format_is_refused_by_its_name(own, version):
     document = json.loads((own / "manifest.json").read_text())
     for changed in (document | {"format_version": version}, {"format_version": version}):
         (own / "manifest.json").write_text(json.dumps(changed))
-        message = refusal(own, f"has bundle format {version!r} and this program reads 1 to 2")
+        message = refusal(own, f"has bundle format {version!r} and this program reads 1 to 3")
         assert "use a newer aqt, or write it again with `aqt convert`" in message
 
 
@@ -122,8 +126,30 @@ def test_a_manifest_of_format_1_is_read(own):
     for added in ("lengths", "pads", "per_request", "tile_costs", "portable"):
         del document[added]
     (own / "manifest.json").write_text(signed(document | {"format_version": 1}))
-    manifest = bundle.load(own).manifest
+    manifest = bundle.read_manifest(own)
     assert (manifest.lengths, manifest.pads, manifest.per_request) == ({}, {}, ())
+
+
+def test_arrays_of_format_2_are_read_by_their_names(own):
+    """As one Orbax checkpoint with all arrays in the same files, compressed."""
+    new = bundle.load(own)
+    names = [spec.name for spec in new.manifest.weights]
+    inputs, outputs = new.witness.inputs, new.witness.outputs
+    for folder, stored in (
+        ("weights", dict(zip(names, new.weights, strict=True))),
+        ("witness", {"inputs/x": inputs["x"], "outputs/y": outputs["y"]}),
+    ):
+        shutil.rmtree(own / folder)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(own / folder, {k: np.asarray(v) for k, v in stored.items()})
+    document = json.loads((own / "manifest.json").read_text()) | {"format_version": 2}
+    document["files"] = {f: dataclasses.asdict(digest(own / f)) for f in files(own)}
+    (own / "manifest.json").write_text(signed(document))
+    old = bundle.load(own)
+    found = (*old.weights, old.witness.inputs["x"], old.witness.outputs["y"])
+    expected = (*new.weights, inputs["x"], outputs["y"])
+    for one, other in zip(found, expected, strict=True):
+        assert_same_bits(one, other)
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "weights/../../secret"])
@@ -166,6 +192,8 @@ def keeps_the_form(*where, value):
             return True
         case ["tile" | "float_nbytes"] | ["weights", _, "shape", _] | [*_, "shape", 1]:
             return value == 7
+        case ["outputs" | "weights", _, "name"]:
+            return value == "x"
         case ["platforms"]:
             return value == []
         case ["tools"]:

@@ -14,8 +14,9 @@ import pytest
 from jax import export, lax
 
 from aqt_engine import bundle, graphs
+from aqt_engine.arrays import aligned_zeros
 from aqt_engine.convertible import Leaf, Serving
-from aqt_engine.execution import Mode, Program, aligned_zeros, tile_buckets
+from aqt_engine.execution import Mode, Program, tile_buckets
 from engine.contractions import assert_same_bits
 
 pytestmark = pytest.mark.slow
