@@ -13,8 +13,13 @@ COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 
 
 .PHONY: demo zoo papers attack faults fuzz soak test test-long check differential fmt proto lock clean
 .PHONY: bench bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness
+<<<<<<< HEAD
 .PHONY: bench-memory bench-kernel bench-scale bench-peers bench-overload lock-peers
 .PHONY: deploy-test image-test manifests ray-test wheels test-latest test-minimum docs notebook
+=======
+.PHONY: bench-memory bench-kernel bench-peers bench-overload lock-peers
+.PHONY: deploy-test image-test manifests ray-test page-test wheels test-latest test-minimum docs notebook
+>>>>>>> 03eaffa (Show what a server does on a page of its own, if asked for)
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
 	$(BIN)/python -m examples.digits.demo
@@ -104,6 +109,10 @@ image-test: .venv/installed  ## builds the image and runs it: needs root, builda
 ray-test: out/ray-venv/installed  ## replicas behind Ray Serve, one of them killed: docs/deployment.md
 	PYTHONPATH=deploy/ray:tests out/ray-venv/bin/python -m pytest -q -s -W default deploy/ray
 
+page-test: out/page-venv/installed  ## the status page in headless Chromium, and its picture in out/page
+	PYTHONPATH=$(CURDIR):tests:$(wildcard out/page-venv/lib/python3*/site-packages) \
+		$(BIN)/python -m pytest -q tests/chromium/page.py
+
 manifests: out/deploy-venv/installed  ## renders the Helm chart to deploy/kubernetes
 	out/deploy-venv/bin/python deploy/helm/render.py
 
@@ -123,6 +132,7 @@ lock: .venv/installed  ## resolves pyproject.toml to versions and hashes again
 	$(COMPILE) -c requirements.txt --group build -o requirements-build.txt
 	$(COMPILE) -c requirements.txt --group deploy -o requirements-deploy.txt
 	$(COMPILE) -c requirements.txt --group docs -o requirements-docs.txt
+	$(COMPILE) -c requirements.txt --group page -o requirements-page.txt
 
 wheels: .venv/installed  ## the wheels of our distributions, into out/wheels
 	rm -rf out/wheels
@@ -179,6 +189,11 @@ out/docs-venv/installed: requirements-docs.txt .venv/installed
 	out/docs-venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	cd out/docs-venv/lib/python3*/site-packages && \
 		echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python3*/site-packages)')" > project.pth
+	touch $@
+
+out/page-venv/installed: requirements-page.txt .venv/installed
+	$(PYTHON) -m venv out/page-venv
+	out/page-venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	touch $@
 
 out/ray-venv/installed: requirements-ray.txt

@@ -36,6 +36,7 @@ class ServerProcess:
         self.address = line.split()[-1]
         self.fast_address = self._url("fast on ") if "--fast-port" in command else None
         self.http_url = self._url("http on ") if "--http-port" in command else None
+        self.page_url = self._url("status page on ") if "--status-page" in command else None
         off = command[-2:] == ["--metrics-port", "-1"]
         self.metrics_url = None if off else self._url("metrics on ")
 

@@ -30,46 +30,27 @@ def inspect(
 
 def _layers(manifest: "Manifest") -> list[dict[str, Any]]:
     """One entry for each quantized or float weight; a scale stands with its values."""
-    scales = {w.name.removesuffix("/scale"): w for w in manifest.weights if w.role == "scale"}
-    values = {w.name.removesuffix("/qvalue") for w in manifest.weights if w.role == "qvalue"}
-    layers: list[dict[str, Any]] = []
-    for weight in manifest.weights:
-        if weight.role == "scale" and weight.name.removesuffix("/scale") in values:
-            continue
-        layer = weight.name.removesuffix("/qvalue") if weight.role == "qvalue" else weight.name
-        tensor = weight.name.rpartition("/")[0] if weight.role != "float" else weight.name
-        scale = scales.get(layer) if weight.role == "qvalue" else None
-        layers.append(
-            {
-                "layer": layer,
-                "shape": list(weight.shape),
-                "dtype": weight.dtype,
-                "bits": weight.bits,
-                "scale_shape": None if scale is None else list(scale.shape),
-                "bytes": weight.nbytes + (0 if scale is None else scale.nbytes),
-                "quantized": weight.role == "qvalue",
-                "quantized_by": _quantized_by(manifest, tensor),
-            }
-        )
-    return layers
+    from aqt_engine.layers import layers
 
-
-def _quantized_by(manifest: "Manifest", tensor: str) -> dict[str, Any] | None:
-    by = manifest.provenance.quantized(tensor)
-    if by is None:
-        return None
-    return {
-        "side": by.side,
-        "numerics": _named(by.tensor.numerics),
-        "calibration": type(by.tensor.calibration).__name__,
-        "configuration": manifest.provenance.tensors[tensor].configuration,
-    }
-
-
-def _named(numerics: Any) -> str:
-    bits = getattr(numerics, "bits", None)
-    name = type(numerics).__name__
-    return name if bits is None else f"{name}, {bits} bits"
+    return [
+        {
+            "layer": layer.name,
+            "shape": list(layer.values.shape),
+            "dtype": layer.values.dtype,
+            "bits": layer.values.bits,
+            "scale_shape": None if layer.scale is None else list(layer.scale.shape),
+            "bytes": layer.nbytes,
+            "quantized": layer.quantized,
+            "quantized_by": layer.by
+            and {
+                "side": layer.by.side,
+                "numerics": layer.numerics,
+                "calibration": layer.calibration,
+                "configuration": layer.configuration,
+            },
+        }
+        for layer in layers(manifest)
+    ]
 
 
 def _document(bundle: Path, manifest: "Manifest") -> dict[str, Any]:

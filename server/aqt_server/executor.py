@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from aqt_engine import bundle, proof
 from aqt_engine.bundle import Arrays, Bundle, Manifest
 from aqt_engine.execution import Mode, Program, tile_buckets
 from aqt_engine.layout import Layout
+from aqt_server.distributions import Distribution, distributions
 from aqt_server.memory import Memory, told, workspace
 
 _log = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ class Loaded:
     """A version that is ready to compute.
 
     `exact` says whether it is in mode exact and was proved here; `verdict` says so in a sentence.
+    `distributions` are those of its weights, if they were asked for.
     """
 
     executor: Executor
@@ -131,6 +133,7 @@ class Loaded:
     mode: Mode
     exact: bool
     verdict: str
+    distributions: Mapping[str, Distribution]
 
 
 def load(
@@ -143,13 +146,15 @@ def load(
     memory: Memory,
     layout: Layout = Layout(),
     program: Callable[..., Program] = Program,
+    described: bool = False,
 ) -> Loaded:
     """The bundle at `path`, compiled for every bucket up to `max_batch_rows` and proved.
 
     In mode fast it is tried too, and served whatever comes of it. `proof_s` are the seconds for
     more than the witness in each executable. What it takes of `memory` is estimated before its
     files are read, and known when it is compiled. A version that is not exact with the int8 kernel
-    is computed without it. `program` makes the program.
+    is computed without it. `program` makes the program. With `described`, its weights are looked
+    through for how they are distributed.
 
     Raises:
       NoMemoryError: it takes more than there is.
@@ -179,10 +184,16 @@ def load(
             _log.warning("%s is computed without the int8 kernel, with which it is %s", path, found)
             del executor
             executor, found = proved(kernel=False)
+    found_in_weights = distributions(loaded) if described else {}
     if mode is Mode.FAST:
         verdict = f"fast: bits may differ with the batch; tried on the witness, {found}"
         return Loaded(
-            executor=executor, manifest=loaded.manifest, mode=mode, exact=False, verdict=verdict
+            executor=executor,
+            manifest=loaded.manifest,
+            mode=mode,
+            exact=False,
+            verdict=verdict,
+            distributions=found_in_weights,
         )
     if found.failed and not allow_inexact:
         raise InexactError(
@@ -199,4 +210,5 @@ def load(
         mode=mode,
         exact=not found.failed and not executor.kernel,
         verdict=verdict,
+        distributions=found_in_weights,
     )

@@ -34,6 +34,9 @@ _STATUSES = {
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
 
+OWN_PAGE: web.AppKey[Callable[[web.Request], bool]] = web.AppKey("own_page")
+"""Of an application that serves a page: whether a request that a browser made is from that page."""
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -83,6 +86,10 @@ async def body_of(request: web.Request) -> bytes:
         ) from error
 
 
+def _no_page(request: web.Request) -> bool:
+    return False
+
+
 def answer_in_json(document: Any, *, status: int = 200) -> web.Response:
     """A response of `document` as JSON."""
     return web.json_response(document, status=status, dumps=json.dumps)
@@ -91,7 +98,7 @@ def answer_in_json(document: Any, *, status: int = 200) -> web.Response:
 @web.middleware
 async def errors_in_json(request: web.Request, handler: Handler) -> web.StreamResponse:
     """What `handler` answers; its errors as `{"error": sentence}` with their status."""
-    if "Origin" in request.headers:
+    if "Origin" in request.headers and not request.app.get(OWN_PAGE, _no_page)(request):
         return answer_in_json({"error": "requests of web pages are not answered here"}, status=403)
     try:
         return await handler(request)

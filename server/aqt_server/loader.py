@@ -60,6 +60,7 @@ class Loader:
         self._available = available
         self._leader = leader
         self._layout = Layout(copies=settings.devices.copies, shards=settings.devices.shards)
+        self._described = settings.observe.status_page
         self._max_batch_rows = settings.batching.max_batch_rows
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
         self.loading = False
@@ -88,6 +89,7 @@ class Loader:
                 program=self._leader.programs(key) if self._leader and not fast else Program,
                 proof_s=models.proof_s,
                 memory=Memory(limit=self._memory_limit, held=held, available=self._available),
+                described=self._described,
             )
         finally:
             self.loading = False

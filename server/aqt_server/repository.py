@@ -171,8 +171,8 @@ class Repository:
         servables = [entry.servable for entry in self._entries.values()]
         return sorted((s for s in servables if s), key=lambda s: (s.name, s.version))
 
-    async def index(self) -> list[Listed]:
-        """Every version that is served, known or in the directory, by name and then by number."""
+    def known(self) -> list[Listed]:
+        """The versions that are served, loading, refused or draining, ordered as in `index`."""
         listed = {
             key: Listed(name=key[0], version=key[1], state=entry.state, reason=entry.reason)
             for key, entry in self._entries.items()
@@ -182,6 +182,11 @@ class Repository:
                 (s.name, s.version),
                 Listed(name=s.name, version=s.version, state=State.UNLOADING, reason=""),
             )
+        return [listed[key] for key in sorted(listed)]
+
+    async def index(self) -> list[Listed]:
+        """Every version that is served, known or in the directory, by name and then by number."""
+        listed = {(known.name, known.version): known for known in self.known()}
         for name, version in await self._on_disk() or ():
             newer = sum(s.name == name and s.version > version for s in self.ready())
             left_out = newer and not self._policies.of(name).serves(version, newer=newer)

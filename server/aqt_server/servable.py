@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+import time
+from collections.abc import Mapping
 
 from aqt_engine.bundle import Arrays, Manifest
 from aqt_engine.execution import Mode
 from aqt_server.batcher import Batcher, Company
 from aqt_server.directory import Key
+from aqt_server.distributions import Distribution
 from aqt_server.errors import OutOfMemory
 from aqt_server.executor import Executor, Loaded
 from aqt_server.memory import NoMemoryError
@@ -24,7 +27,8 @@ class Servable:
     `exact` is whether it was proved here, in mode exact, and `verdict` the proof in a sentence.
     `bucket_rows` are the rows that it computes at once, in `workspace_nbytes` beside the weights.
     `kernel` is the instruction set of the int8 kernel that computes it, if one does.
-    `cache` is None where answers are not kept.
+    `cache` is None where answers are not kept. `distributions` are those of the weights by name;
+    there are none unless the settings ask for them. It answers since `loaded_at`, a Unix time.
     """
 
     name: str
@@ -39,6 +43,10 @@ class Servable:
     cache: VersionCache | None
     statistics: Statistics
     kernel: str | None = None
+    distributions: Mapping[str, Distribution] = dataclasses.field(
+        default_factory=dict[str, Distribution]
+    )
+    loaded_at: float = dataclasses.field(default_factory=time.time)
 
     @property
     def nbytes(self) -> int:
@@ -70,6 +78,7 @@ def serve(
         verdict=loaded.verdict,
         bucket_rows=loaded.executor.bucket_rows,
         workspace_nbytes=loaded.executor.workspace_nbytes,
+        distributions=loaded.distributions,
         kernel=loaded.executor.kernel,
         batcher=Batcher(
             functools.partial(_computed, loaded.executor),

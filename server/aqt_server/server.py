@@ -23,6 +23,7 @@ from aqt_server.fast_rpc import FastDoor, NotCompiledError
 from aqt_server.hosts import HostsError, Leader, follow
 from aqt_server.logs import LogSettings
 from aqt_server.metrics import Metrics
+from aqt_server.page.routes import add_page
 from aqt_server.policies import Policies, PolicyFileError
 from aqt_server.port import HANDSHAKE_S, Port
 from aqt_server.profiling import Profiler
@@ -198,9 +199,15 @@ async def _open(settings: Settings, repository: Repository, checks: Any) -> _Doo
         told.append(f"fast on {listen.host}:{fast.port}")
     ports: list[Port] = []
     if listen.http_port >= 0:
-        ports.append(Port(rest.application(service, guard, limits, profiler), settings.connections))
+        application = rest.application(service, guard, limits, profiler)
+        if settings.observe.status_page:
+            add_page(application, repository, guard)
+        ports.append(Port(application, settings.connections))
         taken = (listen.host, listen.http_port)
-        told.append(f"http on {await _listen_http(ports[-1], *taken, 'http', certificates)}")
+        url = await _listen_http(ports[-1], *taken, "http", certificates)
+        told.append(f"http on {url}")
+        if settings.observe.status_page:
+            told.append(f"status page on {url}/status")
     if listen.metrics_port >= 0:
         metrics = Metrics(repository, service.calls)
         ports.append(Port(http.metrics_application(metrics, guard), settings.connections))

@@ -61,6 +61,7 @@ WRONG_FLAGS = {
     ("--porta=1",): "--porta=1; did you mean --port?",
     ("--port",): "--port: expected one argument",
     ("--model-control", "often"): "'poll', 'explicit' or 'none'",
+    ("--status-page",): "--status-page needs --http-port, and it is -1",
     ("--load-model", "m"): "--load-model needs --model-control explicit, and it is poll",
     ("--config", "nowhere.toml"): "--config nowhere.toml cannot be read",
 }

@@ -286,6 +286,7 @@ def test_wrong_headers_routes_and_methods(server):
     assert ask(server, "/v2/models/..%2F..%2Fetc/infer", wrong())[0] == 404
     assert ask(server, "/v2/models/a%00b/infer", wrong())[0] == 404
     assert ask(server, "/v3")[:2] == (404, {"error": "there is nothing at GET /v3"})
+    assert ask(server, "/status")[0] == 404  # as nobody asked for the page
     assert ask(server, infer)[0] == 405
     assert ask(server, "/v2/cudasharedmemory/status")[0] == 501
     status, document, _ = ask(server, infer, wrong(), Origin="https://elsewhere.example")

@@ -46,6 +46,14 @@ class Observe:
             "the caller decides. Lower it under load",
         ),
     ] = 1.0
+    status_page: Annotated[
+        bool,
+        Field(
+            description="show what the server does to browsers, at /status of the HTTP door: "
+            "models, weights and latencies, and a form for a request. Only under an address or "
+            "localhost, so that no page of elsewhere gets at it; versions load a little slower",
+        ),
+    ] = False
     profile_directory: Annotated[
         Path | None,
         Field(

@@ -48,6 +48,8 @@ class Settings:
             raise Contradiction("{fast_port} has no TLS, and {tls_certificate} asks for it")
         if self.observe.profile_directory and self.listen.http_port < 0:
             raise Contradiction("{profile_directory} needs {http_port}, and it is -1")
+        if self.observe.status_page and self.listen.http_port < 0:
+            raise Contradiction("{status_page} needs {http_port}, and it is -1")
         if access.auth_policy and not (access.auth_tokens or access.auth_jwks or tls.tls_client_ca):
             raise Contradiction(
                 "{auth_policy} needs {auth_tokens}, {auth_jwks} or {tls_client_ca}, for else "
