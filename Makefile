@@ -13,13 +13,8 @@ COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 
 
 .PHONY: demo zoo papers attack faults fuzz soak test test-long check differential fmt proto lock clean
 .PHONY: bench bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness
-<<<<<<< HEAD
 .PHONY: bench-memory bench-kernel bench-scale bench-peers bench-overload lock-peers
-.PHONY: deploy-test image-test manifests ray-test wheels test-latest test-minimum docs notebook
-=======
-.PHONY: bench-memory bench-kernel bench-peers bench-overload lock-peers
 .PHONY: deploy-test image-test manifests ray-test page-test wheels test-latest test-minimum docs notebook
->>>>>>> 03eaffa (Show what a server does on a page of its own, if asked for)
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
 	$(BIN)/python -m examples.digits.demo
