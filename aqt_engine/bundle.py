@@ -37,6 +37,7 @@ from aqt_engine.files import (
     check_files,
     digest,
     files,
+    onto,
     passes,
     sync,
     sync_entry,
@@ -155,7 +156,7 @@ def write(
             f"write to a new version number, or remove it first"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished(target.parent, target.name) as temporary:
+    with unfinished(target.parent, target.name) as temporary, onto(target):
         for kind, by_bucket in (("", graphs), (_BATCHED, batched)):
             for bucket, exported in by_bucket.items():
                 file = temporary / _graph_file(lengths, bucket, kind)

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Generator
@@ -14,6 +15,7 @@ from aqt_engine.manifest import FileDigest, Manifest
 
 MANIFEST = "manifest.json"
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+_TENSORSTORE = re.compile(r"\[os_error_code='(\d+)'\]")
 
 
 class BundleError(ValueError):
@@ -111,6 +113,27 @@ def unfinished(parent: Path, name: str) -> Generator[Path]:
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(held)
+
+
+@contextlib.contextmanager
+def onto(target: Path) -> Generator[None]:
+    """Around what is written for `target`, which a full disk's error then names.
+
+    Raises:
+      OSError: what the system said, also where TensorStore has put it into words of its own.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not (found := _TENSORSTORE.search(str(error))):
+            raise
+        code = int(found[1])
+        raise OSError(code, os.strerror(code), str(target)) from error
+    except OSError as error:
+        # Errors of other kinds say themselves what they are about.
+        if type(error) is not OSError:
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error
 
 
 @contextlib.contextmanager

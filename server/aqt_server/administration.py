@@ -4,11 +4,12 @@ import collections
 
 from aqt_protos import open_inference_pb2 as pb
 from aqt_server.call import Call
+from aqt_server.entry import State
 from aqt_server.errors import InvalidRequest, NotSupported
 from aqt_server.logs import LogSettings
 from aqt_server.model_config import model_config, model_statistics
 from aqt_server.rate_limit import RateLimiter
-from aqt_server.repository import Repository, State
+from aqt_server.repository import Repository
 from aqt_server.security.authentication import Principal
 from aqt_server.security.authorization import Action, Guard
 from aqt_server.settings import Limits

@@ -1,4 +1,4 @@
-"""Brings versions into memory, one after the other, in a thread of its own."""
+"""Brings versions into memory, in threads of their own, where they stand in nobody's way."""
 
 import asyncio
 import enum
@@ -62,9 +62,13 @@ class Loader:
         self._layout = Layout(copies=settings.devices.copies, shards=settings.devices.shards)
         self._described = settings.observe.status_page
         self._max_batch_rows = settings.batching.max_batch_rows
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
-        self.loading = False
-        """Whether the thread is loading a version."""
+        self._loads = 0
+        self._thread = _thread()
+
+    @property
+    def loading(self) -> bool:
+        """Whether a thread is loading a version."""
+        return self._loads > 0
 
     async def load(self, key: Key, *, held: int) -> executor.Loaded:
         """The version `key`, compiled and proved; other versions hold `held` bytes.
@@ -72,24 +76,43 @@ class Loader:
         Raises:
           Exception: whatever its bundle does to its loader.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._load, key, held)
+        self._loads += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._thread, self._load, key, held)
+        finally:
+            self._loads -= 1
+
+    def leave_alone(self) -> None:
+        """Has the next versions not wait for one that is being loaded."""
+        self._thread.shutdown(wait=False)
+        self._thread = _thread()
+
+    def check(self, loaded: executor.Loaded, *, held: int) -> None:
+        """Returns if there is room for what was loaded, now that others hold `held` bytes.
+
+        Raises:
+          NoMemoryError: there is not.
+        """
+        memory = Memory(limit=self._memory_limit, held=held, available=self._available)
+        memory.check(loaded.manifest, workspace=loaded.executor.workspace_nbytes, copies=0)
 
     def _load(self, key: Key, held: int) -> executor.Loaded:
         name = key[0]
         models = self._models
-        self.loading = True
-        try:
-            fast = name in models.fast_model or "*" in models.fast_model
-            return executor.load(
-                self._source.local(key),
-                max_batch_rows=self._max_batch_rows,
-                allow_inexact=models.allow_inexact,
-                mode=Mode.FAST if fast else Mode.EXACT,
-                layout=Layout() if fast else self._layout,
-                program=self._leader.programs(key) if self._leader and not fast else Program,
-                proof_s=models.proof_s,
-                memory=Memory(limit=self._memory_limit, held=held, available=self._available),
-                described=self._described,
-            )
-        finally:
-            self.loading = False
+        fast = name in models.fast_model or "*" in models.fast_model
+        return executor.load(
+            self._source.local(key),
+            max_batch_rows=self._max_batch_rows,
+            allow_inexact=models.allow_inexact,
+            mode=Mode.FAST if fast else Mode.EXACT,
+            layout=Layout() if fast else self._layout,
+            program=self._leader.programs(key) if self._leader and not fast else Program,
+            proof_s=models.proof_s,
+            memory=Memory(limit=self._memory_limit, held=held, available=self._available),
+            described=self._described,
+        )
+
+
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")

@@ -20,7 +20,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from aqt_engine.execution import Mode
-from aqt_server.repository import Repository, State
+from aqt_server.entry import State
+from aqt_server.repository import Repository
 from aqt_server.response_cache import ResponseCache
 from aqt_server.servable import Servable
 from aqt_server.statistics import Statistics

@@ -8,21 +8,21 @@ Which versions of a model are served is in its policy. Those that are new are lo
 that have to go are unloaded, so that a model is never without a version that answers.
 Under --model-control poll the directory is looked at again and again; under explicit, a model's
 part of it when a client asks for that; under none, once. Versions are loaded one after the other in
-a thread, so that requests are answered meanwhile; one that is refused, for damage or because it is
-not exact here, touches no other. A version whose files were replaced is loaded anew and swapped
-when ready.
+a thread, so that requests are answered meanwhile. One that is refused, for damage or because it is
+not exact here, touches no other, and one that takes too long goes on in a thread of its own. A
+version whose files were replaced is loaded anew and swapped when ready.
 """
 
 import asyncio
 import collections
-import dataclasses
-import enum
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 from aqt_server.directory import Fingerprint, Key
+from aqt_server.entry import Entry, Listed, State
 from aqt_server.errors import (
     DeadlineExceeded,
     NotFound,
@@ -31,6 +31,7 @@ from aqt_server.errors import (
     NotServable,
     OutOfMemory,
 )
+from aqt_server.executor import Loaded
 from aqt_server.hosts import Leader
 from aqt_server.loader import Loader, Outcome, outcome_of
 from aqt_server.policies import Policies, Policy
@@ -40,37 +41,6 @@ from aqt_server.settings import ModelControl, Settings
 from aqt_server.source import Source
 
 _log = logging.getLogger(__name__)
-
-
-class State(enum.StrEnum):
-    """Where a version is in its life, in the protocol's words."""
-
-    LOADING = "LOADING"
-    READY = "READY"
-    UNLOADING = "UNLOADING"
-    UNAVAILABLE = "UNAVAILABLE"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Listed:
-    """A version of the repository, and why it is in its state where there is more to say."""
-
-    name: str
-    version: int
-    state: State
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Entry:
-    state: State
-    fingerprint: Fingerprint
-    reason: str = ""
-    servable: Servable | None = None
-    lacked_memory_at: int | None = None
-    """How often memory had become free when it was refused for want of it."""
-    unread: bool = False
-    """Whether it was refused because its files could not be read, which may pass."""
 
 
 class Repository:
@@ -88,8 +58,10 @@ class Repository:
         self._policies = policies
         self._source = source
         self._loader = Loader(settings, source, leader=leader)
+        # Hosts that compute together load in one order.
+        self._load_s = math.inf if leader else settings.serving.load_s
         self._random = random.Random()
-        self._entries: dict[Key, _Entry] = {}
+        self._entries: dict[Key, Entry] = {}
         self._draining: dict[asyncio.Task[bool], Servable] = {}
         self._freed = 0
         self._changing = asyncio.Lock()
@@ -205,6 +177,7 @@ class Repository:
         Raises:
           NotPermitted: the model control is not explicit.
           NotFound: the directory has no such model.
+          NotReady: one of its versions takes long to load, which goes on.
           OutOfMemory: one of its versions does not fit into memory.
           NotServable: one of its versions was refused for another reason.
         """
@@ -219,8 +192,11 @@ class Repository:
             if key[0] == name and entry.reason
         }
         if refused:
+            late = any(entry.late for entry in refused.values())
             fits = any(entry.lacked_memory_at is None for entry in refused.values())
             reasons = "; ".join(f"version {v}: {entry.reason}" for v, entry in refused.items())
+            if late:
+                raise NotReady(f"model {name!r} is still loading: {reasons}")
             raise (NotServable if fits else OutOfMemory)(f"model {name!r} was refused: {reasons}")
 
     async def unload(self, name: str) -> None:
@@ -315,7 +291,7 @@ class Repository:
             if (
                 not entry
                 or entry.fingerprint != fingerprint
-                or (again and entry.reason)
+                or (again and entry.reason and not entry.late)
                 or entry.unread
                 or entry.lacked_memory_at not in (None, self._freed)
             ):
@@ -327,21 +303,54 @@ class Repository:
         return served
 
     async def _load(self, key: Key, fingerprint: Fingerprint) -> None:
-        name, version = key
+        """Loads a version; one that takes longer than others wait for it is left to its thread."""
         before = self._entries.get(key)
         serving = before.servable if before else None
+        # A version that is served stays so while its files are being replaced.
+        state = State.READY if serving else State.LOADING
         if serving is None:
-            self._entries[key] = _Entry(state=State.LOADING, fingerprint=fingerprint)
-        _log.info("loading %s version %d", name, version)
+            self._entries[key] = Entry(state=state, fingerprint=fingerprint)
+        _log.info("loading %s version %d", *key)
+        loading = asyncio.create_task(self._loader.load(key, held=self._held()))
+        # Retrieved, as asyncio complains of an error that nobody has waited for.
+        loading.add_done_callback(lambda done: done.cancelled() or done.exception())
+        done, _ = await asyncio.wait({loading}, timeout=self._load_s)
+        if done:
+            self._end_load(key, fingerprint, serving, loading)
+            return
+        reason = f"it has been loading for {self._load_s:g} s, and goes on beside other loads"
+        _log.error("%s version %d: %s", *key, reason)
+        self._loader.leave_alone()
+        late = self._entries[key] = Entry(
+            state=state, fingerprint=fingerprint, reason=reason, servable=serving, late=True
+        )
+
+        def ended(loading: asyncio.Task[Loaded]) -> None:
+            # It may have been unloaded meanwhile, or have other files.
+            if self._entries.get(key) is late:
+                self._end_load(key, fingerprint, serving, loading)
+
+        loading.add_done_callback(ended)
+
+    def _end_load(
+        self,
+        key: Key,
+        fingerprint: Fingerprint,
+        serving: Servable | None,
+        loading: asyncio.Task[Loaded],
+    ) -> None:
+        """Serves what was loaded, in the place of `serving`, or says why it is refused."""
+        name, version = key
         try:
-            loaded = await self._loader.load(key, held=self._held())
+            loaded = loading.result()
+            if self._entries[key].late:
+                self._loader.check(loaded, held=self._held())
         except Exception as error:
             # Whatever a bundle does to its loader, the server and the other versions go on.
             outcome = outcome_of(error)
             _log.error("refused %s version %d: %s", name, version, error)
             self.loads[name, outcome] += 1
-            self._entries[key] = _Entry(
-                # A version that is served stays so while its files are being replaced.
+            self._entries[key] = Entry(
                 state=State.READY if serving else State.UNAVAILABLE,
                 fingerprint=fingerprint,
                 reason=str(error) or type(error).__name__,
@@ -355,7 +364,7 @@ class Repository:
         servable = serve(
             key, loaded, self._policies.of(name), self._settings.batching, cache=self.cache
         )
-        self._entries[key] = _Entry(state=State.READY, fingerprint=fingerprint, servable=servable)
+        self._entries[key] = Entry(state=State.READY, fingerprint=fingerprint, servable=servable)
         self.loads[name, Outcome.READY] += 1
         _log.info("ready %s version %d, mode %s, %s", name, version, loaded.mode, loaded.verdict)
         if serving:

@@ -9,9 +9,11 @@ import subprocess
 import sys
 
 import pytest
+import tensorstore
 
 import bundles
 from aqt_engine import bundle
+from aqt_engine.files import onto
 
 BOUND_S = 120.0
 
@@ -86,12 +88,27 @@ def test_a_disk_that_refuses_a_file_leaves_nothing_behind(written, tmp_path, nam
     bundle.load(written)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((written / name).stat().st_size - 1, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match=r"File too large: '.*/1'"):
             rewrite(written, tmp_path / "1")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
     rewrite(written, tmp_path / "1")
+
+
+def test_what_tensorstore_says_of_a_full_disk_is_what_the_system_said(tmp_path):
+    """It writes the weights, by Orbax, whose tasks a failure would leave behind in this process."""
+    store = tensorstore.KvStore.open(f"file://{tmp_path}/").result()
+    target = tmp_path / "m" / "1"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"File too large: '{target}'"), onto(target):
+            store.write("weights", bytes(200)).result()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(ValueError, match="another"), onto(target):
+        raise ValueError("another")
 
 
 def test_whatever_stands_there_already_stays(written, tmp_path):
@@ -151,6 +168,7 @@ CHILD = """
 import os, sys
 import bundles
 from aqt_engine import bundle
+from aqt_engine.files import onto
 
 folder, stop_at = sys.argv[1], int(sys.argv[2])
 changes = 0

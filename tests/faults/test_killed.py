@@ -1,8 +1,9 @@
-"""kill -9 at any moment of a conversion, of a load and of serving; and what is damaged afterwards.
+"""kill -9 at any moment of a conversion, of a load and of serving; damage, and full disks.
 
 `make faults` kills many times as often.
 """
 
+import contextlib
 import os
 import random
 import resource
@@ -55,20 +56,54 @@ with ocp.StandardCheckpointer() as saving:
 """
 
 
-def test_a_conversion_that_is_killed_leaves_nothing_that_is_served(tmp_path, drawn):
-    (tmp_path / "trained.py").write_text(MODULE)
-    np.savez(tmp_path / "example.npz", inputs=x_of(8))
-    checkpoint = tmp_path / "checkpoint"
-    subprocess.run([AQT.parent / "python", "-c", CHECKPOINT, checkpoint], check=True)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    made = tmp_path_factory.mktemp("trained")
+    (made / "trained.py").write_text(MODULE)
+    np.savez(made / "example.npz", inputs=x_of(8))
+    subprocess.run([AQT.parent / "python", "-c", CHECKPOINT, made / "checkpoint"], check=True)
+    return made
+
+
+def converting(trained, output):
+    """A process that converts the model to `output`."""
+    command = [AQT, "convert", "--model", "trained:model", "--checkpoint", trained / "checkpoint"]
+    command += ["--example", trained / "example.npz", "--tile", "8", "--output", output]
+    path = f"{trained}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return subprocess.Popen(
+        command, env=environment(PYTHONPATH=path), stderr=subprocess.PIPE, text=True
+    )
+
+
+@contextlib.contextmanager
+def no_file_beyond(nbytes):
+    """Processes that begin in the block cannot write a file of more bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_conversion_onto_a_full_disk_is_one_sentence_and_leaves_nothing(trained, tmp_path):
+    """No file may grow beyond what the graph takes."""
+    output = tmp_path / "m" / "1"
+    with no_file_beyond(2048):
+        process = converting(trained, output)
+    with process:
+        errors = process.communicate(timeout=WAIT_S)[1]
+    assert process.returncode == 1
+    assert errors.splitlines()[-1] == f"aqt: [Errno 27] File too large: '{output}'"
+    assert "Traceback" not in errors
+    assert list(output.parent.iterdir()) == []
+
+
+def test_a_conversion_that_is_killed_leaves_nothing_that_is_served(trained, tmp_path, drawn):
     folder = tmp_path / "repository" / "m"
-    command = [AQT, "convert", "--model", "trained:model", "--checkpoint", checkpoint]
-    command += ["--example", tmp_path / "example.npz", "--tile", "8", "--output", folder / "1"]
-    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 
     def convert():
-        return subprocess.Popen(
-            command, env=environment(PYTHONPATH=path), stderr=subprocess.PIPE, text=True
-        )
+        return converting(trained, folder / "1")
 
     def said(word):
         return lambda process: any(word in line for line in process.stderr)
@@ -190,9 +225,7 @@ def test_nothing_damaged_is_served(root, drawn):
 
 def test_a_full_disk_costs_the_cache_and_the_log_and_no_request(root, tmp_path):
     """No file may grow beyond a few bytes, and the log is a device that is always full."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
-    try:
+    with no_file_beyond(64):
         server = ServerProcess(
             [
                 *(AQT, "serve", "--model-repository", root / "repository", "--port", "0"),
@@ -201,8 +234,6 @@ def test_a_full_disk_costs_the_cache_and_the_log_and_no_request(root, tmp_path):
             ],
             Path("/dev/full"),
         )
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     try:
         server.wait_ready()
         with Client(server.address) as client:

@@ -1,5 +1,7 @@
-"""An execution that never ends: what waits behind it, and the server's end, are not held up."""
+"""An execution or a load that never ends holds up nothing behind it, nor the server's end."""
 
+import contextlib
+import os
 import urllib.error
 import urllib.request
 
@@ -205,3 +207,48 @@ def test_a_model_that_hangs_is_seen_and_others_go_on(repository, tmp_path):
         assert sample(server, "aqt_inference_computing_seconds", model=MODEL) == 0
         assert stub.ServerReady(pb.ServerReadyRequest(), timeout=WAIT_S).ready
         assert not first.done()
+
+
+def test_a_load_that_hangs_holds_up_no_other(tmp_path):
+    """A manifest that is a pipe is read until somebody writes to it."""
+    root = tmp_path / "repository"
+    write_linear(root / MODEL / "1")
+    (root / "before" / "1").mkdir(parents=True)
+    os.mkfifo(root / "before" / "1" / "manifest.json")
+    flags = ("--load-s", "0.5", "--model-control", "explicit", "--load-model", "*")
+    with (
+        serving(root, *flags, log=tmp_path / "log") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)
+
+        def state(name="before"):
+            models = stub.RepositoryIndex(pb.RepositoryIndexRequest()).models
+            return next((m.state, m.reason) for m in models if m.name == name)
+
+        def load(name):
+            stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name=name))
+
+        # The server has become ready; the other, which may take as long here, ends to load.
+        eventually(lambda: state(MODEL) == ("READY", ""))
+        assert stub.ModelInfer(request_of(x_of(3)), timeout=WAIT_S).outputs
+        told = "it has been loading for 0.5 s, and goes on beside other loads"
+        assert state() == ("LOADING", told)
+        assert f"before version 1: {told}" in server.log()
+        with raises_status("UNAVAILABLE", "still loading"):
+            stub.ModelInfer(request_of(x_of(3), model_name="before"))
+        stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name=MODEL))
+        with raises_status("UNAVAILABLE", f"'before' is still loading: version 1: {told}"):
+            load("before")
+        with contextlib.suppress(grpc.RpcError):
+            load(MODEL)
+        eventually(lambda: state(MODEL) == ("READY", ""))
+        assert stub.ModelInfer(request_of(x_of(3)), timeout=WAIT_S).outputs
+        # What comes of it in the end is seen; and the server ends beside one that hangs again.
+        (root / "before" / "1" / "manifest.json").write_text("{}")
+        eventually(lambda: state()[0] == "UNAVAILABLE")
+        assert "no JSON manifest" in state()[1]
+        with raises_status("UNAVAILABLE", "still loading"):
+            load("before")
+        assert server.terminate() == 0
+        assert "Traceback" not in server.log()

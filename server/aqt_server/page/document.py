@@ -11,7 +11,7 @@ from aqt_engine.bundle import BATCH, TensorSpec
 from aqt_engine.layers import Layer, layers
 from aqt_server import codec
 from aqt_server.distributions import Distribution
-from aqt_server.repository import Listed
+from aqt_server.entry import Listed
 from aqt_server.servable import Servable
 from aqt_server.statistics import Latencies
 

@@ -120,6 +120,15 @@ class Serving:
             "that moment; set it where others use the same memory later",
         ),
     ] = None
+    load_s: Annotated[
+        PositiveFloat,
+        Field(
+            title="SECONDS",
+            description="that other loads, and the server's readiness, wait for a version that is "
+            "being loaded; one that takes longer goes on beside them. Give it more than the "
+            "largest model takes, as loads beside each other need memory at once",
+        ),
+    ] = 300.0
     response_cache_bytes: Annotated[
         NonNegativeInt,
         Field(
