@@ -1,8 +1,8 @@
 """The fast door: unary calls of gRPC, read and written by a compiled thread, in batches.
 
 What came since the last look is taken at once, each call is answered by `Service.answer` in a task
-of its own, and what was answered in one turn of the event loop is handed back at once. Streams,
-health, reflection and TLS are for the other door of gRPC.
+of its own, and what was answered in one turn of the event loop is handed back at once. Of health it
+has what probes ask; streams, reflection and TLS are for the other door of gRPC.
 """
 
 import asyncio
@@ -11,17 +11,18 @@ import functools
 import zlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 from google.protobuf.message import Message
+from grpc_health.v1 import health, health_pb2
 
 from aqt_protos import SERVICE_NAME
 from aqt_protos import open_inference_pb2 as pb
 from aqt_server.call import Call
-from aqt_server.errors import DeadlineExceeded, InvalidRequest, NotSupported, TooLarge
+from aqt_server.errors import DeadlineExceeded, InvalidRequest, NotFound, NotSupported, TooLarge
 from aqt_server.rpc import details_of, read, status_of
-from aqt_server.security.authorization import Guard
+from aqt_server.security.authorization import Action, Guard
 from aqt_server.service import Service
 from aqt_server.settings import Settings
 
@@ -34,6 +35,7 @@ _MESSAGES_HELD = 16
 # What zlib takes for the two packings that gRPC knows: of a header of gzip or of zlib.
 _PACKED = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 _CLOSE_S = 1.0
+_CHECK = f"/{health.SERVICE_NAME}/Check"
 _CANCELLED: int = grpc.StatusCode.CANCELLED.value[0]
 
 
@@ -44,6 +46,8 @@ class NotCompiledError(Exception):
 class FastDoor:
     """Listens on `port` of `host`, within the limits that `settings` have for gRPC.
 
+    `checks` is the health servicer of the other door.
+
     Belongs to the event loop that it is made in.
 
     Raises:
@@ -51,8 +55,10 @@ class FastDoor:
       OSError: the port cannot be had.
     """
 
-    def __init__(self, service: Service, guard: Guard, settings: Settings):
+    def __init__(self, service: Service, guard: Guard, settings: Settings, checks: Any):
         self._service = service
+        self._guard = guard
+        self._checks = checks
         self._identify = guard.authenticator.identify
         self._most_bytes = settings.limits.max_message_bytes
         self._kinds: dict[str, tuple[str, type[Message]]] = {
@@ -60,6 +66,7 @@ class FastDoor:
             for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods
             if not method.client_streaming
         }
+        self._kinds[_CHECK] = "Check", health_pb2.HealthCheckRequest
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._answers: list[tuple[int, int, str, bytes, bytes]] = []
         self._door = _open(settings, list(self._kinds))
@@ -113,7 +120,10 @@ class FastDoor:
                 headers=headers,
             )
             request = read(kind, self._unpacked(sent, packing) if packed else sent)
-            if timeout_s < 0:
+            if path == _CHECK:
+                self._guard.check(call.principal, Action.HEALTH)
+                response = await self._checks.Check(request, _Asked())
+            elif timeout_s < 0:
                 response = await self._service.answer(rpc, request, call)
             else:
                 response = await self._in_time(rpc, request, call, timeout_s)
@@ -174,6 +184,13 @@ class FastDoor:
             f"{what} message larger than max ({nbytes} vs. {self._most_bytes}): split the request, "
             f"or raise --max-message-bytes"
         )
+
+
+class _Asked:
+    """What the health servicer refuses a call with."""
+
+    async def abort(self, *_: Any) -> NoReturn:
+        raise NotFound("there is no service of that name: ask for the server's health without one")
 
 
 def _open(settings: Settings, paths: list[str]) -> "Door":

@@ -194,7 +194,7 @@ async def _open(settings: Settings, repository: Repository, checks: Any) -> _Doo
     port = _listen(server, f"{listen.host}:{listen.port}", certificates)
     profiler = Profiler(settings.observe.profile_directory, settings.observe.profile_max_s)
     told = [f"listening on {listen.host}:{port}"]
-    fast = _open_fast(settings, service, guard) if listen.fast_port >= 0 else None
+    fast = _open_fast(settings, service, guard, checks) if listen.fast_port >= 0 else None
     if fast:
         told.append(f"fast on {listen.host}:{fast.port}")
     ports: list[Port] = []
@@ -257,9 +257,9 @@ def _listen(server: grpc.aio.Server, address: str, certificates: Certificates | 
         ) from error
 
 
-def _open_fast(settings: Settings, service: Service, guard: Guard) -> FastDoor:
+def _open_fast(settings: Settings, service: Service, guard: Guard, checks: Any) -> FastDoor:
     try:
-        return FastDoor(service, guard, settings)
+        return FastDoor(service, guard, settings, checks)
     except NotCompiledError as error:
         raise StartError(str(error)) from error
     except (OSError, RuntimeError) as error:

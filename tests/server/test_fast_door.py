@@ -8,8 +8,10 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as stock
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from aqt_client import AsyncClient, Client
+from aqt_protos import SERVICE_NAME
 from aqt_protos import open_inference_pb2 as pb
 from aqt_protos import open_inference_pb2_grpc as pb_grpc
 from bundles import reference, write_linear
@@ -64,6 +66,18 @@ def test_both_doors_answer_the_same(server, stub):
         ):
             answers = [getattr(s, rpc)(request, timeout=WAIT_S) for s in (stub, other)]
             assert answers[0] == answers[1]
+
+
+def test_probes_ask_for_health_as_on_the_other_door(server):
+    for address in (server.fast_address, server.address):
+        with grpc.insecure_channel(address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            for service in ("", SERVICE_NAME):
+                asked = health_pb2.HealthCheckRequest(service=service)
+                found = stub.Check(asked, timeout=WAIT_S)
+                assert found.status == health_pb2.HealthCheckResponse.SERVING
+            with raises_status("NOT_FOUND", ".*"):
+                stub.Check(health_pb2.HealthCheckRequest(service="other"), timeout=WAIT_S)
 
 
 def test_many_connections_and_calls_each_get_their_own_answer(server, repository):
@@ -137,6 +151,8 @@ def test_tokens_are_asked_for_and_how_often_is_limited(repository, tmp_path):
         shown = (("authorization", f"Bearer {'t' * 32}"),)
         with raises_status("UNAUTHENTICATED", "who calls is not known"):
             stub.ModelInfer(request_of(x_of(1)), timeout=WAIT_S)
+        probe = health_pb2_grpc.HealthStub(channel)
+        assert probe.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S).status
         assert stub.ModelInfer(request_of(x_of(1)), timeout=WAIT_S, metadata=shown).outputs
         with raises_status("RESOURCE_EXHAUSTED", "calls a second"):
             stub.ModelInfer(request_of(x_of(1)), timeout=WAIT_S, metadata=shown)

@@ -83,7 +83,7 @@ def test_a_call_that_is_gone_leaves_nothing_behind(monkeypatch, when):
     async def check():
         service = Service()
         settings = Settings(models=Models(model_repository="models"))
-        door = fast_rpc.FastDoor(service, guard, settings)
+        door = fast_rpc.FastDoor(service, guard, settings, None)
         tasks = len(asyncio.all_tasks())
         if when == "with the call":
             compiled.hand_over([1, 2, 3], [1, 3])
