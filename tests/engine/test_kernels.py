@@ -79,12 +79,12 @@ def test_sums_wrap_around_as_xlas_do(name):
 @needs_a_kernel
 @pytest.mark.parametrize("name", SETS)
 def test_called_by_xla_from_several_threads(name):
-    lhs, rhs = int8(130, 96), int8(96, 520)
+    lhs, rhs = int8(130, 96), int8(96, 1_560)
     multiply = jax.jit(int8_matmul, static_argnums=2)
     library.use(name)
     try:
         with concurrent.futures.ThreadPoolExecutor(4) as threads:
-            calls = [threads.submit(multiply, lhs, pack(rhs), 520) for _ in range(24)]
+            calls = [threads.submit(multiply, lhs, pack(rhs), 1_560) for _ in range(24)]
             for call in calls:
                 np.testing.assert_array_equal(call.result(), wrapped(lhs, rhs))
     finally:

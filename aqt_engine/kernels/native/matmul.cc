@@ -9,9 +9,9 @@
 namespace aqt {
 namespace {
 
-// Products of one piece of work at least: some microseconds, which a thread needs to come and help. A
-// row by 1024x1024 is one piece: it is done before.
-constexpr int64_t kSmallestPiece = 1 << 20;
+// Products of one piece of work at least: what is computed while a thread that sleeps wakes up to
+// help. Four rows by 1024x1024 are one piece.
+constexpr int64_t kSmallestPiece = 4 << 20;
 // Bytes of prepared rows that leave room for panels in a core's own cache.
 constexpr int64_t kBlockBytes = 192 << 10;
 constexpr int64_t kMostRows = 96;
