@@ -121,10 +121,12 @@ class Leader:
             self._tell("drop", number)
 
     def end(self) -> None:
-        """Ends the others."""
+        """Ends the others, and returns when they have left."""
         with self._order, contextlib.suppress(OSError):
             self._ending = True
             self._tell("end", 0)
+        # Together: JAX ends a process at once that the one which leads has left.
+        jax.distributed.shutdown()
 
     def _tell(self, do: str, number: int, arrays: Sequence[Any] = (), **more: Any) -> None:
         for connection in self._followers.values():
@@ -185,6 +187,7 @@ def follow(devices: Devices, source: Source) -> None:
     _log.info("host %d follows %s", devices.host_index, devices.coordinator)
     try:
         _Follower(connection, source, layout).obey()
+        jax.distributed.shutdown()
     except (EOFError, OSError):
         _end_at_once("the host that leads is lost, and this one does nothing without it")
 
