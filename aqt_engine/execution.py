@@ -10,8 +10,8 @@ each of their length buckets.
 Mode FAST gives that up for speed: the whole padded batch is computed at once, and a row's bits may
 depend on how many rows that has.
 
-On a CPU, int8 contractions with weights can be computed by a kernel (`kernels`); weights are then
-kept as it reads them.
+On a CPU, int8 contractions with weights are computed by a kernel, where there is one (`kernels`),
+and weights are kept as it reads them.
 
 In mode EXACT a program may have several devices (`layout`): copies of it, each of which takes its
 share of the tiles, and shards of the weights of each. They compute without the kernel. Where the
@@ -62,9 +62,8 @@ class Program:
     """A bundle's weights on a device, and its executables by bucket.
 
     Calling it is thread-safe, and in mode EXACT exact: each row's answer has the same bits for
-    every number of rows, every position and every neighbor. With `kernel`, by default where
-    `AQT_KERNELS` asks for it, contractions of this mode are computed by the int8 kernel as far as
-    it can, on one device; answers can differ from those of training then.
+    every number of rows, every position and every neighbor. In this mode contractions are computed
+    by the int8 kernel where it can, unless `kernel` is False or `layout` is of several devices.
 
     Raises:
       BundleError: the bundle was lowered for other platforms, or has no graph for mode FAST.
@@ -78,7 +77,7 @@ class Program:
         *,
         max_rows: int,
         mode: Mode = Mode.EXACT,
-        kernel: bool | None = None,
+        kernel: bool = True,
         layout: Layout = Layout(),
     ):
         platform = jax.default_backend()
@@ -104,7 +103,6 @@ class Program:
         self._mesh = layout.mesh() if layout.devices > 1 else None
         if layout.shards > 1:
             graphs = {bucket: replicating(graph, layout) for bucket, graph in graphs.items()}
-        kernel = library.wanted() if kernel is None else kernel
         kernel = kernel and mode is Mode.EXACT and self._mesh is None
         self._graphs = {
             bucket: substituted(graph, len(bundle.weights)) if kernel else Substituted(graph=graph)

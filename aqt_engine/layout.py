@@ -136,7 +136,10 @@ def _is_computed(value: Any) -> bool:
     made = value.owner
     if isinstance(made, ir.Block):
         return False
-    return any(not _is_integer(o) or _is_computed(o) for o in made.operands)
+    # A choice by platform gives what one of its branches gives.
+    ends = [list(region.blocks[0].operations)[-1] for region in made.regions if len(region.blocks)]
+    given = [operand for op in (made, *ends) for operand in op.operands]
+    return any(not _is_integer(o) or _is_computed(o) for o in given)
 
 
 def _is_integer(value: Any) -> bool:

@@ -5,21 +5,22 @@ and how it orders and joins the operations of a loop changes a float sum in its 
 same layer normalization could have other bits behind a scale that is computed, as in training, than
 behind one that is read, as in serving. With `materialized` in between, both read it.
 
-On CPU, where XLA drops its own optimization barriers before it joins loops, the barrier is a loop
-of one turn whose end only the value tells; elsewhere it is XLA's.
+On CPU, where XLA drops its own optimization barriers before it joins loops, the barrier is a call
+of the identity that is not to be inlined, neither by MLIR as a graph is loaded nor by XLA. It costs
+nothing while running: a call gives back the memory that it was given. Elsewhere it is XLA's.
 """
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import func
 from jax.interpreters import ad, batching, mlir
 
-materialize_p = Primitive("aqt_materialize")
-"""The identity. Analyses of jaxprs may take it for a copy."""
+NAME = "aqt_materialize"
+"""What the function is called that a graph for CPUs calls; others follow with a number."""
 
 
 def materialized(x: jax.Array) -> jax.Array:
@@ -27,38 +28,53 @@ def materialized(x: jax.Array) -> jax.Array:
     return cast(jax.Array, materialize_p.bind(x))
 
 
-def _one_turn(x: jax.Array) -> jax.Array:
-    if x.size == 0:
-        return x
-    # Any number of turns but none gives x. That it is one or two, the compiler must not know.
-    turns = jnp.where(x.ravel()[0] < 0, 2, 1)
-
-    def turn(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return carry[0] + 1, x
-
-    start = (jnp.zeros_like(turns), jnp.zeros_like(x))
-    return lax.while_loop(lambda carry: carry[0] < turns, turn, start)[1]
+def materialized_on_cpu(x: jax.Array) -> jax.Array:
+    """`materialized` on CPU, and `x` elsewhere."""
+    return cast(jax.Array, materialize_on_cpu_p.bind(x))
 
 
 def _same(x: Any) -> Any:
     return x
 
 
-def _batched(args: Any, axes: Any) -> Any:
-    return materialize_p.bind(*args), axes[0]
-
-
 def _transposed(cotangent: Any, x: Any) -> Any:
     return [cotangent]
 
 
-def _lowered(by: Callable[[Any], Any]) -> Any:
-    return mlir.lower_fun(by, multiple_results=False)
+def _called(ctx: mlir.LoweringRuleContext, x: Any) -> Any:
+    """A call of the identity."""
+    if not ir.RankedTensorType(x.type).has_static_shape:
+        # A graph for any number of rows, whose bits depend on that number all the same.
+        return [x]
+    module: Any = ctx.module_context
+    with ir.InsertionPoint.at_block_begin(module.module.body):
+        identity = func.FuncOp(NAME, ([x.type], [x.type]), visibility="private")
+        body = identity.add_entry_block()
+        with ir.InsertionPoint(body):
+            func.ReturnOp(list(body.arguments))
+    name = module.symbol_table.insert(identity)
+    call = func.CallOp([x.type], ir.FlatSymbolRefAttr.get(name.value), [x])
+    for_xla: dict[str, ir.Attribute] = {"inlineable": ir.StringAttr.get("false")}
+    call.operation.attributes["no_inline"] = ir.UnitAttr.get()
+    call.operation.attributes["mhlo.frontend_attributes"] = ir.DictAttr.get(for_xla)
+    return call.results
 
 
-materialize_p.def_impl(_same)
-materialize_p.def_abstract_eval(_same)
-batching.primitive_batchers[materialize_p] = _batched
-ad.deflinear2(materialize_p, _transposed)
-mlir.register_lowering(materialize_p, _lowered(_one_turn), "cpu")
-mlir.register_lowering(materialize_p, _lowered(lax.optimization_barrier))
+def _primitive(name: str, elsewhere: Any) -> Primitive:
+    """The identity, lowered `elsewhere` than on CPU. Analyses of jaxprs may take it for a copy."""
+    primitive = Primitive(name)
+
+    def batched(args: Any, axes: Any) -> Any:
+        return primitive.bind(*args), axes[0]
+
+    primitive.def_impl(_same)
+    primitive.def_abstract_eval(_same)
+    batching.primitive_batchers[primitive] = batched
+    ad.deflinear2(primitive, _transposed)
+    mlir.register_lowering(primitive, mlir.lower_fun(elsewhere, multiple_results=False))
+    mlir.register_lowering(primitive, _called, "cpu")
+    return primitive
+
+
+materialize_p = _primitive(NAME, lax.optimization_barrier)
+materialize_on_cpu_p = _primitive(f"{NAME}_on_cpu", _same)

@@ -11,8 +11,7 @@ from jax import export, lax
 
 from aqt_engine import graphs
 from aqt_engine.convertible import Serving
-from aqt_engine.kernels import library
-from aqt_engine.kernels.substitution import Substituted, substituted
+from aqt_engine.kernels.substitution import substituted
 from aqt_engine.manifest import TileCost
 
 CANDIDATES = (2, 4, 8, 16, 32, 64)
@@ -88,7 +87,7 @@ def _runs(
         for name, array in inputs.items()
     }
     graph = export.export(jax.jit(forward))(weights, structs)
-    served = substituted(graph, len(weights)) if library.wanted() else Substituted(graph=graph)
+    served = substituted(graph, len(weights))
 
     @jax.jit
     def mapped(weights: Sequence[jax.Array], batch: dict[str, jax.Array]) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 from jax import export, lax
 
 from aqt_engine import bundle
+from aqt_engine.materialization import materialized_on_cpu
 
 FEATURES = 6
 CLASSES = 4
@@ -25,7 +26,9 @@ def linear(weights, inputs):
     s = jnp.max(jnp.abs(x), axis=1, keepdims=True) / 127.5
     s = jnp.where(s == 0, 1.0, s)
     q = jnp.round(jnp.clip(x * (1 / s), -127, 127)).astype(jnp.int8)
+    q = materialized_on_cpu(q)
     acc = lax.dot_general(q, qvalue, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+    acc = materialized_on_cpu(acc)
     return [acc.astype(jnp.float32) * s * scale + bias]
 
 

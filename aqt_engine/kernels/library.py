@@ -1,10 +1,9 @@
 """The compiled kernel: whether there is one here, and which instructions it computes with.
 
 It is compiled when the package is installed, where there is a compiler (`hatch_build.py`). Where it
-is not there, or the processor has none of its instruction sets, everything is computed by XLA. The
-environment variable `AQT_KERNELS` chooses: `off`, the default, `auto`, or an instruction set. Its
-sums are exact, but XLA can compile the float operations around it otherwise than around a
-contraction of its own, and round them otherwise: who wants the bits of training leaves it off.
+is not there, or the processor has none of its instruction sets, everything is computed by XLA, in
+the same bits. The environment variable `AQT_KERNELS` chooses: `auto`, the default, `off`, or an
+instruction set.
 """
 
 import ctypes
@@ -30,11 +29,6 @@ _FILE = Path(__file__).parent / "native/libaqt_kernels.so"
 _log = logging.getLogger(__name__)
 
 
-def wanted() -> bool:
-    """Whether `AQT_KERNELS` asks for the kernel, where nothing else decides."""
-    return os.environ.get(_VARIABLE, "off") != "off"
-
-
 @functools.cache
 def instruction_set() -> str | None:
     """The one that the kernel computes with, unless told by `use`; None where there is no kernel.
@@ -50,7 +44,7 @@ def instruction_set() -> str | None:
         return None
     chosen = next(iter(supported()), None) if name == "auto" else name
     if chosen is None:
-        _log.warning("int8 contractions are computed by XLA: %s", _why_not())
+        _log.warning("int8 contractions are computed by XLA, in the same bits: %s", _why_not())
         return None
     try:
         use(chosen)

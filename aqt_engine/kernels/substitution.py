@@ -7,6 +7,11 @@ weight packed instead. Sums of integers are the same in any order, so these are 
 A weight is packed where all that the graph does with it are such contractions, all of which read it
 in the same layout; so there is never a second copy of it. Contractions of two activations, those
 with batch axes, and those of a graph for any number of rows are left to XLA.
+
+Only contractions that stand apart (`materialized_on_cpu` on both sides) are replaced. Around others
+XLA would compile the float operations otherwise than around a contraction of its own: it reads and
+writes them in another shape and layout, and in another loop a product and a sum become one fused
+operation or two, which round once or twice.
 """
 
 import dataclasses
@@ -24,6 +29,7 @@ from jax.interpreters import mlir
 from aqt_engine.kernels import library
 from aqt_engine.kernels.inlining import with_contractions_inlined
 from aqt_engine.kernels.packing import pack, packed_size
+from aqt_engine.materialization import NAME
 
 Array = np.ndarray[Any, Any]
 Axes = tuple[int, ...]
@@ -130,7 +136,9 @@ def _contraction(dot: ir.OpView, operand: int, steps: Steps) -> _Site | None:
     static = ir.RankedTensorType(dot.result.type).has_static_shape
     if operand != 1 or not int8 or not static or len(numbers.lhs_batching_dimensions):
         return None
-    if 0 in (*_shape(lhs), *_shape(rhs)):
+    if 0 in (*_shape(lhs), *_shape(rhs)) or not _comes_materialized(lhs):
+        return None
+    if not _goes_materialized(dot.result):
         return None
     return _Site(dot, numbers, Packing(steps, tuple(numbers.rhs_contracting_dimensions)))
 
@@ -174,6 +182,42 @@ def _replace(site: _Site, weight: Value, depth: int, columns: int) -> None:
         )
         dot.result.replace_all_uses_with(call.result)
         dot.operation.erase()
+
+
+def _comes_materialized(value: Value) -> bool:
+    """Whether `value` is what a call of the identity gives, on the platform that has one."""
+    made = value.owner
+    if isinstance(made, ir.Block):
+        return False
+    return _is_identity(made) or _chooses_identity(made)
+
+
+def _goes_materialized(value: Value) -> bool:
+    """Whether all that is done with `value` is to call the identity, where there is one."""
+    for use in value.uses:
+        user: Any = use.owner.operation
+        if user.name == "stablehlo.return" and user.parent.name == "stablehlo.case":
+            choice = user.parent
+            if not _chooses_identity(choice) and not _goes_materialized(choice.results[0]):
+                return False
+        elif not _is_identity(user):
+            return False
+    return True
+
+
+def _chooses_identity(op: Any) -> bool:
+    """Whether `op` chooses by platform, and on one of them calls the identity."""
+    if op.name != "stablehlo.case":
+        return False
+    ends = [list(region.blocks[0].operations)[-1] for region in op.operation.regions]
+    return any(_is_identity(end.operands[0].owner) for end in ends)
+
+
+def _is_identity(op: Any) -> bool:
+    if isinstance(op, ir.Block) or op.name != "func.call":
+        return False
+    callee: Any = op.attributes["callee"]
+    return callee.value.startswith(NAME)
 
 
 def _erase_uses(value: Value) -> None:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from aqt_engine.materialization import materialized_on_cpu
 from aqt_engine.modes import DequantMode
 from aqt_engine.numerics import IntNumerics
 from aqt_engine.ops.axes import Axes, DotAxes
@@ -53,10 +54,11 @@ def contract(
         lhs_value, rhs_value = lhs_value.astype(in_dtype), rhs_value.astype(in_dtype)
     count = math.prod(lhs_value.shape[a] for a in axes.lhs_contracting)
     check_accumulator(raw, count)
-    if jnp.issubdtype(lhs_value.dtype, jnp.integer):
+    integers = jnp.issubdtype(lhs_value.dtype, jnp.integer)
+    summed = axes
+    if integers:
         lhs_value, rhs_value, summed = _in_a_fast_layout(lhs_value, rhs_value, axes)
-    else:
-        summed = axes
+        lhs_value = materialized_on_cpu(lhs_value)
     out = lax.dot_general(
         lhs_value,
         rhs_value,
@@ -64,6 +66,8 @@ def contract(
         precision=precision,
         preferred_element_type=raw.dg_accumulator_dtype,
     )
+    if integers:
+        out = materialized_on_cpu(out)
     if jnp.issubdtype(out.dtype, jnp.integer):
         out, lhs, rhs = _zero_points_corrected(raw, out, lhs, rhs, axes, count)
     out = out.astype(out_dtype)

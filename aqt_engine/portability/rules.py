@@ -180,7 +180,8 @@ _RULES: dict[str, Rule] = {
         _copied,
         "broadcast_in_dim reshape transpose squeeze expand_dims slice dynamic_slice "
         "dynamic_update_slice rev gather concatenate pad select_n copy copy_p split "
-        "optimization_barrier aqt_materialize sharding_constraint stop_gradient",
+        "optimization_barrier aqt_materialize aqt_materialize_on_cpu sharding_constraint "
+        "stop_gradient",
     ),
     **_all(
         _compared,

@@ -16,7 +16,8 @@ _ELEMENTWISE = """
     clz complex conj convert_element_type copy copy_p cos cosh device_put digamma div eq eq_to erf
     erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag integer_pow is_finite le le_to
     lgamma log log1p logistic lt lt_to max min mul mulhi name ne neg nextafter not
-    aqt_materialize optimization_barrier or polygamma population_count pow real reduce_precision
+    aqt_materialize aqt_materialize_on_cpu optimization_barrier or polygamma population_count pow
+    real reduce_precision
     regularized_incomplete_beta rem round rsqrt sharding_constraint shift_left
     shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh
     xor zeta

@@ -41,7 +41,7 @@ class Executor:
         *,
         max_batch_rows: int,
         mode: Mode = Mode.EXACT,
-        kernel: bool | None = None,
+        kernel: bool = True,
         layout: Layout = Layout(),
         program: Callable[..., Program] = Program,
     ):
@@ -165,7 +165,7 @@ def load(
     most_rows = tile_buckets(max_batch_rows, manifest.tile, layout)[-1] * manifest.tile
     memory.check(manifest, workspace=workspace(manifest, most_rows))
 
-    def proved(kernel: bool | None) -> tuple[Executor, Proof]:
+    def proved(kernel: bool) -> tuple[Executor, Proof]:
         made = Executor(
             loaded,
             max_batch_rows=max_batch_rows,
@@ -179,7 +179,7 @@ def load(
 
     with told():
         loaded = bundle.load(path)
-        executor, found = proved(kernel=None)
+        executor, found = proved(kernel=True)
         if found.failed and executor.kernel:
             _log.warning("%s is computed without the int8 kernel, with which it is %s", path, found)
             del executor
@@ -201,14 +201,11 @@ def load(
             f"({len(found.failed)} of {found.passed + len(found.failed)} trials differ); convert "
             f"it on this platform, or serve it all the same with --allow-inexact"
         )
-    verdict = str(found)
-    if executor.kernel:
-        verdict = f"with the int8 kernel bits may differ from those of training; tried, {found}"
     return Loaded(
         executor=executor,
         manifest=loaded.manifest,
         mode=mode,
-        exact=not found.failed and not executor.kernel,
-        verdict=verdict,
+        exact=not found.failed,
+        verdict=str(found),
         distributions=found_in_weights,
     )

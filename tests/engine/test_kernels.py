@@ -17,6 +17,7 @@ from aqt_engine.kernels import library
 from aqt_engine.kernels.contraction import int8_matmul
 from aqt_engine.kernels.packing import pack, packed_size
 from aqt_engine.kernels.substitution import Packing, substituted
+from aqt_engine.materialization import materialized_on_cpu
 from bundles import FEATURES, write_linear
 from compiled_kernel import why_no_kernel
 from engine.contractions import assert_same_bits
@@ -99,8 +100,11 @@ def test_what_does_not_fit_is_refused():
         int8_matmul(jnp.zeros((2, 8), jnp.int8), jnp.zeros(7, jnp.int8), 5).block_until_ready()
 
 
-def contraction(axes, dtype=jnp.int32):
-    return lambda x, w: lax.dot_general(x, w, axes, preferred_element_type=dtype)
+def contraction(axes, dtype=jnp.int32, lhs=materialized_on_cpu, out=materialized_on_cpu):
+    def contract(x, w):
+        return out(lax.dot_general(lhs(x), w, axes, preferred_element_type=dtype))
+
+    return contract
 
 
 def transposed(x, w):
@@ -142,6 +146,10 @@ def with_float_sums(x, w):
     return contraction((((1,), (0,)), ((), ())), jnp.float32)(x, w)
 
 
+def same(x):
+    return x
+
+
 INT4 = int8(48).clip(-8, 7).astype(jnp.int4)
 
 
@@ -162,6 +170,8 @@ INT4 = int8(48).clip(-8, 7).astype(jnp.int4)
         (with_a_batch_axis, (2, 3, 6), (2, 6, 5), None),
         (with_float_sums, (3, 6), (6, 5), None),
         (contraction((((1,), (0,)), ((), ()))), (3, 0), (0, 5), None),
+        (contraction((((1,), (0,)), ((), ())), lhs=same), (3, 6), (6, 5), None),
+        (contraction((((1,), (0,)), ((), ())), out=same), (3, 6), (6, 5), None),
     ],
 )
 def test_a_graph_with_the_kernel_gives_the_same_integers(forward, x, w, packing):

@@ -43,9 +43,9 @@ def test_it_is_lowered_for_every_platform():
     platforms = ("cpu", "cuda", "tpu")
     exported = export.export(jax.jit(materialized), platforms=platforms)(jnp.ones(3))
     assert exported.platforms == platforms
-    for platform, op in zip(platforms, ("while", "optimization_barrier"), strict=False):
+    for platform, op in (("cpu", "call @aqt_materialize"), ("cuda", "optimization_barrier")):
         text = export.export(jax.jit(materialized), platforms=(platform,))(jnp.ones(3))
-        assert f"stablehlo.{op}" in text.mlir_module()
+        assert op in text.mlir_module()
 
 
 TAILS = {

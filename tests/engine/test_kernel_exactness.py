@@ -1,0 +1,47 @@
+"""The bits of the training forward with the int8 kernel and without, float operations around it."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from aqt_engine import QuantMode, bundle, config, convert
+from aqt_engine.execution import Program
+from aqt_engine.flax import AqtDotGeneral, AqtEinsum
+from compiled_kernel import why_no_kernel
+from engine.contractions import assert_same_bits
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(why_no_kernel()), reason="there is no kernel to compare with"),
+]
+TILE, ROWS = 8, 256
+INT8 = config.fully_quantized()
+
+
+class Mixer(nn.Module):
+    """Layer norms before a contraction along the middle axis: what once had other bits."""
+
+    mode: QuantMode = QuantMode.TRAIN
+
+    @nn.compact
+    def __call__(self, x):
+        dense = AqtDotGeneral(INT8, rhs_quant_mode=self.mode)
+        y = nn.LayerNorm()(nn.Dense(96, dot_general=dense)(x))
+        weight = self.param("mixing", nn.initializers.lecun_normal(), (16, 16))
+        einsum = AqtEinsum(INT8, lhs_quant_mode=self.mode)
+        x = y + nn.gelu(einsum("qp,npc->nqc", weight, y))
+        return nn.Dense(33, dot_general=dense)(nn.LayerNorm()(x).mean(axis=1))
+
+
+def test_answers_are_those_of_training(tmp_path):
+    x = np.random.default_rng(0).normal(size=(ROWS, 16, 4)).astype(np.float32)
+    variables = Mixer().init(jax.random.key(0), x[:TILE])
+    convert.convert(Mixer, variables, {"x": x[:TILE]}, tmp_path / "m" / "1", tile=TILE)
+    loaded = bundle.load(tmp_path / "m" / "1")
+    trained = jax.jit(Mixer().apply)
+    expected = np.concatenate([trained(variables, x[i : i + TILE]) for i in range(0, ROWS, TILE)])
+    for kernel in (True, False):
+        program = Program(loaded, max_rows=ROWS, kernel=kernel)
+        assert bool(program.kernel) == kernel
+        assert_same_bits(program({"x": x})["output"], expected)
