@@ -10,7 +10,9 @@ import pytest
 
 from aqt_client import Client
 from aqt_engine.bundle import BundleError
-from aqt_server.source import Directory, SourceError, Store, open_source
+from aqt_server.directory import Directory
+from aqt_server.source import SourceError, open_source
+from aqt_server.store import Store
 from bundles import reference, write_linear
 from engine.contractions import assert_same_bits
 from server.messages import MODEL, x_of
