@@ -29,6 +29,7 @@ def test_cost_is_told_for_every_number_of_rows(repository, tmp_path, capsys):
     assert all(len(result["seconds"]["exact"]) == 2 for result in results)
 
 
+@pytest.mark.long
 def test_what_is_not_portable_is_told_from_what_is(repository, monkeypatch, capsys):
     tried = {name: platforms.PLATFORMS[name] for name in ("all instructions", "SSE4.2")}
     monkeypatch.setattr(platforms, "PLATFORMS", tried)

@@ -107,7 +107,8 @@ def squared_errors(model, before, after, inputs):
 
 
 @pytest.mark.parametrize(
-    ("bits", "act_order"), [pytest.param(4, False, marks=pytest.mark.long), (3, True)]
+    ("bits", "act_order"),
+    [pytest.param(*of, marks=pytest.mark.long) for of in ((4, False), (3, True))],
 )
 def test_every_layer_is_closer_than_rounded_to_nearest(bits, act_order):
     params, calibration, held_out = trained()

@@ -270,7 +270,7 @@ def test_noise_is_drawn_anew_for_each_layer():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("static", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_model_quantized_by_rules_is_served_exactly(tmp_path, static):
     rules = RULES
     if static:

@@ -126,6 +126,7 @@ def test_the_bits_are_those_of_linen(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_trained_with_stochastic_rounding_each_call_draws_its_own():
     model = aqt_nnx.quantize(Model(nnx.Rngs(0)), everywhere(INT8), rngs=nnx.Rngs(1))
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)

@@ -100,7 +100,13 @@ def error(model, variables, truth):
     return float(jnp.linalg.norm(found - truth) / jnp.linalg.norm(truth))
 
 
-@pytest.mark.parametrize(("module", "smoothings"), [(Normalized, NORMALIZED), (Blocks, BLOCKS)])
+@pytest.mark.parametrize(
+    ("module", "smoothings"),
+    [
+        (Normalized, NORMALIZED),
+        pytest.param(Blocks, BLOCKS, marks=pytest.mark.long),
+    ],
+)
 def test_the_error_falls_and_the_function_stays(module, smoothings):
     model, plain = Factory(module), jax.jit(Factory(module, None)(TRAIN).apply)
     variables = with_outliers(model)
