@@ -8,6 +8,9 @@ _WEIGHT = 0.2
 _DEVIATIONS = 3.0
 """That are allowed for where a time must not be missed: were they normal, 1 % would take longer."""
 
+_DRIFT = 0.15
+"""By which all batches ahead may take longer: who refuses much meanwhile computes more slowly."""
+
 
 class ServiceTime:
     """Averages by group and number of rows, rounded up to a power of two, as executables are.
@@ -48,8 +51,9 @@ class ServiceTime:
         start = whole * self.expected(group, most)
         together = ahead + rows if ahead < most else most
         mean, deviation = self._known(group, max(rows, min(together, most)))
-        # Deviations of one batch and of another partly cancel.
-        return start, start + mean + _DEVIATIONS * deviation * math.sqrt(whole + 1)
+        # Deviations of one batch and of another partly cancel, and a drift does not.
+        late = _DRIFT * start + _DEVIATIONS * deviation * math.sqrt(whole + 1)
+        return start, start + mean + late
 
     def _known(self, group: Hashable, rows: int) -> tuple[float, float]:
         averages = self._averages.get(group, {})
