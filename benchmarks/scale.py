@@ -89,7 +89,7 @@ def chain(folder: Path, layers: int) -> Path:
 
 
 def rows(folder: Path, sizes: Sequence[int]) -> Iterator[Step]:
-    program = Program(bundle.load(chain(folder, 4)), max_rows=sizes[-1])
+    program = Program(bundle.load(chain(folder / "rows", 4)), max_rows=sizes[-1])
     for size in sizes:
         taken = in_program(program, {"inputs": np.ones((size, WIDTH), np.float32)})
         yield Step(of="rows", size=size, measured="a call", unit="ms", value=taken)
@@ -97,7 +97,7 @@ def rows(folder: Path, sizes: Sequence[int]) -> Iterator[Step]:
 
 def layers(folder: Path, sizes: Sequence[int]) -> Iterator[Step]:
     for size in sizes:
-        path = chain(folder, size)
+        path = chain(folder / "layers", size)
         start = time.perf_counter()
         program = Program(bundle.load(path), max_rows=TILE)
         program.compile(1)
