@@ -218,6 +218,9 @@ def draw(steps: Sequence[Step], path: Path) -> None:
             own = [s for s in steps if (s.of, s.measured) == (name, measured)]
             label = f"{measured}, {own[0].unit}"
             axes.loglog([s.size for s in own], [s.value for s in own], "o-", label=label)
+        sizes = list(dict.fromkeys(s.size for s in steps if s.of == name))
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.minorticks_off()
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
