@@ -34,13 +34,19 @@ def two_hosts(root, *flags, follower_has="repository"):
         follower.wait(WAIT_S)
 
 
-@pytest.mark.slow
-def test_two_hosts_answer_in_the_bits_of_one_device(tmp_path, monkeypatch):
-    path = tmp_path / "repository" / "m" / "1"
+def served_by(root, monkeypatch, *, rows):
+    """Where a model of processes of four devices lies, inputs for it, and their answers."""
+    path = root / "repository" / "m" / "1"
     write_linear(path)
-    x = np.random.default_rng(0).normal(size=(70, FEATURES)).astype(np.float32)
+    x = np.random.default_rng(rows).normal(size=(rows, FEATURES)).astype(np.float32)
     expected = reference(path, x)
     monkeypatch.setenv("XLA_FLAGS", DEVICES)
+    return path, x, expected
+
+
+@pytest.mark.slow
+def test_two_hosts_answer_in_the_bits_of_one_device(tmp_path, monkeypatch):
+    _, x, expected = served_by(tmp_path, monkeypatch, rows=70)
     with two_hosts(tmp_path, "--copies", "2", "--shards", "4") as (server, follower):
         with Client(server.address) as client:
             for rows in (1, 7, 16, 70):
@@ -53,11 +59,7 @@ def test_two_hosts_answer_in_the_bits_of_one_device(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_weights_in_shards_on_both_hosts_and_a_host_that_is_lost(tmp_path, monkeypatch):
-    path = tmp_path / "repository" / "m" / "1"
-    write_linear(path)
-    x = np.random.default_rng(1).normal(size=(9, FEATURES)).astype(np.float32)
-    expected = reference(path, x)
-    monkeypatch.setenv("XLA_FLAGS", DEVICES)
+    path, x, expected = served_by(tmp_path, monkeypatch, rows=9)
     flags = ("--shards", "8", "--model-control", "poll", "--poll-s", "0.1")
     with two_hosts(tmp_path, *flags) as (server, follower):
         with Client(server.address) as client:

