@@ -46,8 +46,7 @@ class ServerProcess:
         return line.split()[-1]
 
     def log(self) -> str:
-        # gRPC writes there what clients send, which need not be text.
-        return self._log.read_text(errors="replace")
+        return self._log.read_text()
 
     def wait_ready(self, credentials: grpc.ChannelCredentials | None = None) -> None:
         """Blocks on the health service's own stream until everything is loaded or refused."""

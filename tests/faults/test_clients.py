@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import json
 import random
 import resource
 import socket
@@ -45,11 +46,19 @@ def server(tmp_path_factory):
     root = tmp_path_factory.mktemp("clients")
     write_linear(root / "repository" / MODEL / "1")
     flags = ("--max-connections", str(CONNECTIONS), "--idle-s", str(IDLE_S), "--http-port", "0")
+    flags += ("--log-format", "json")
     with serving(root / "repository", *flags, log=root / "log") as running:
         running.expected = reference(root / "repository" / MODEL / "1", X)
         yield running
         assert running.process.poll() is None
-        assert "Traceback" not in running.log()
+        assert not any("exception" in record for record in records_of(running))
+
+
+def records_of(server):
+    """The lines of its log, each of which is a record."""
+    records = [json.loads(line) for line in server.log().splitlines()]
+    assert all(record.keys() >= {"time", "level", "logger", "message"} for record in records)
+    return records
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +171,17 @@ def test_garbage_is_refused_and_hurts_nobody(server, honest, door):
         if i % 20 == 0:
             honest()
     honest()
+
+
+def test_what_a_client_sends_is_in_no_line_of_the_log(server, honest):
+    """gRPC, left to itself, writes there with which words a client says goodbye."""
+    goodbye = frame(7, 0, 0, struct.pack(">II", 0, 2**31) + b"\xff\xfe\n\x1b[2J")
+    with open_socket(server, "grpc") as connection:
+        connection.sendall(PREFACE + SETTINGS + goodbye)
+        connection.shutdown(socket.SHUT_WR)
+        until_closed(connection)
+    honest()
+    assert records_of(server)
 
 
 def test_garbage_in_well_made_calls_gets_a_status(server, honest):
