@@ -13,7 +13,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 
 
 .PHONY: demo zoo papers attack faults fuzz soak test test-long check differential fmt proto lock clean
 .PHONY: bench bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness
-.PHONY: bench-memory bench-kernel bench-scale bench-peers bench-overload lock-peers
+.PHONY: bench-memory bench-kernel bench-scale bench-peers bench-overload bench-start lock-peers
 .PHONY: deploy-test image-test manifests ray-test page-test wheels test-latest test-minimum docs notebook
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
@@ -41,6 +41,9 @@ soak: .venv/installed  ## mixed traffic for MINUTES, with the server's memory wa
 
 bench-overload: .venv/installed  ## more requests than can be answered: docs/performance.md
 	$(BIN)/python -m benchmarks.overload --json out/bench/overload.json
+
+bench-start: .venv/installed  ## from the start of a server to its first answer: docs/performance.md
+	$(BIN)/python -m benchmarks.start --markdown --json out/bench/start.json
 
 bench-training: .venv/installed  ## what AQT's training step costs: docs/performance.md
 	$(BIN)/python -m benchmarks.training --json out/bench/training.json
