@@ -3,11 +3,13 @@
 All of this blocks and belongs in a thread. Nothing here knows of requests.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from aqt_server.distributions import Distribution, distributions
 from aqt_server.memory import Memory, told, workspace
 
 _log = logging.getLogger(__name__)
+_AT_ANY_TIME = contextlib.nullcontext()
 
 
 class InexactError(Exception):
@@ -146,6 +149,7 @@ def load(
     memory: Memory,
     layout: Layout = Layout(),
     program: Callable[..., Program] = Program,
+    turn: AbstractContextManager[Any] = _AT_ANY_TIME,
     described: bool = False,
 ) -> Loaded:
     """The bundle at `path`, compiled for every bucket up to `max_batch_rows` and proved.
@@ -153,8 +157,8 @@ def load(
     In mode fast it is tried too, and served whatever comes of it. `proof_s` are the seconds for
     more than the witness in each executable. What it takes of `memory` is estimated before its
     files are read, and known when it is compiled. A version that is not exact with the int8 kernel
-    is computed without it. `program` makes the program. With `described`, its weights are looked
-    through for how they are distributed.
+    is computed without it. `program` makes the program, which is compiled and proved within `turn`.
+    With `described`, its weights are looked through for how they are distributed.
 
     Raises:
       NoMemoryError: it takes more than there is.
@@ -179,11 +183,14 @@ def load(
 
     with told():
         loaded = bundle.load(path)
-        executor, found = proved(kernel=True)
-        if found.failed and executor.kernel:
-            _log.warning("%s is computed without the int8 kernel, with which it is %s", path, found)
-            del executor
-            executor, found = proved(kernel=False)
+        with turn:
+            executor, found = proved(kernel=True)
+            if found.failed and executor.kernel:
+                _log.warning(
+                    "%s is computed without the int8 kernel, with which it is %s", path, found
+                )
+                del executor
+                executor, found = proved(kernel=False)
     found_in_weights = distributions(loaded) if described else {}
     if mode is Mode.FAST:
         verdict = f"fast: bits may differ with the batch; tried on the witness, {found}"

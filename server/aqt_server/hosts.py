@@ -26,6 +26,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -67,6 +68,8 @@ class Leader:
             _send(connection, {"jax": address})
         jax.distributed.initialize(address, num_processes=devices.hosts, process_id=0)
         self._order = threading.RLock()
+        self.turn: AbstractContextManager[Any] = threading.Lock()
+        """In which versions are compiled and proved, one after the other, as other hosts do too."""
         self._loads = 0
         self._answers: dict[tuple[int, int], str] = {}
         self._answered = threading.Condition()
@@ -161,7 +164,7 @@ class _Led(Program):
             return super().__call__(inputs)
 
 
-def follow(devices: Devices, source: Source) -> None:
+def follow(devices: Devices, source: Source, layout: Layout) -> None:
     """Loads and computes what the host that leads says, and returns when that ends.
 
     Signals that end a server are left to that one, which answers what it has accepted first.
@@ -182,7 +185,6 @@ def follow(devices: Devices, source: Source) -> None:
             f"the host at {devices.coordinator} does not take this one: see its log"
         ) from error
     jax.distributed.initialize(address, num_processes=devices.hosts, process_id=devices.host_index)
-    layout = Layout(copies=devices.copies, shards=devices.shards)
     layout.mesh()  # the hosts wait here for each other to tell which devices they have
     _log.info("host %d follows %s", devices.host_index, devices.coordinator)
     try:

@@ -1,6 +1,7 @@
 """Brings versions into memory, in threads of their own, where they stand in nobody's way."""
 
 import asyncio
+import contextlib
 import enum
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +45,7 @@ def outcome_of(error: Exception) -> Outcome:
 
 
 class Loader:
-    """Loads versions of `source` as the settings say."""
+    """Loads versions of `source` as the settings say, over the devices of `layout`."""
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class Loader:
         source: Source,
         available: Callable[[], int] = available,
         *,
+        layout: Layout = Layout(),
         leader: Leader | None = None,
     ):
         self._source = source
@@ -59,7 +61,7 @@ class Loader:
         self._memory_limit = settings.serving.model_memory_bytes
         self._available = available
         self._leader = leader
-        self._layout = Layout(copies=settings.devices.copies, shards=settings.devices.shards)
+        self._layout = layout
         self._described = settings.observe.status_page
         self._max_batch_rows = settings.batching.max_batch_rows
         self._loads = 0
@@ -101,13 +103,15 @@ class Loader:
         name = key[0]
         models = self._models
         fast = name in models.fast_model or "*" in models.fast_model
+        leader = None if fast else self._leader
         return executor.load(
             self._source.local(key),
             max_batch_rows=self._max_batch_rows,
             allow_inexact=models.allow_inexact,
             mode=Mode.FAST if fast else Mode.EXACT,
             layout=Layout() if fast else self._layout,
-            program=self._leader.programs(key) if self._leader and not fast else Program,
+            program=leader.programs(key) if leader else Program,
+            turn=leader.turn if leader else contextlib.nullcontext(),
             proof_s=models.proof_s,
             memory=Memory(limit=self._memory_limit, held=held, available=self._available),
             described=self._described,

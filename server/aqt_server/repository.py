@@ -16,11 +16,11 @@ version whose files were replaced is loaded anew and swapped when ready.
 import asyncio
 import collections
 import logging
-import math
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
+from aqt_engine.layout import Layout
 from aqt_server.directory import Fingerprint, Key
 from aqt_server.entry import Entry, Listed, State
 from aqt_server.errors import (
@@ -33,6 +33,7 @@ from aqt_server.errors import (
 )
 from aqt_server.executor import Loaded
 from aqt_server.hosts import Leader
+from aqt_server.listing import Listing
 from aqt_server.loader import Loader, Outcome, outcome_of
 from aqt_server.policies import Policies, Policy
 from aqt_server.response_cache import ResponseCache
@@ -52,14 +53,13 @@ class Repository:
         source: Source,
         policies: Policies,
         *,
+        layout: Layout = Layout(),
         leader: Leader | None = None,
     ):
         self._settings = settings
         self._policies = policies
-        self._source = source
-        self._loader = Loader(settings, source, leader=leader)
-        # Hosts that compute together load in one order.
-        self._load_s = math.inf if leader else settings.serving.load_s
+        self._listing = Listing(source, settings.serving.load_s)
+        self._loader = Loader(settings, source, layout=layout, leader=leader)
         self._random = random.Random()
         self._entries: dict[Key, Entry] = {}
         self._draining: dict[asyncio.Task[bool], Servable] = {}
@@ -76,9 +76,9 @@ class Repository:
         """Whether everything that was to be loaded at the start is loaded or refused."""
 
     @property
-    def loading(self) -> bool:
-        """Whether a thread is loading a version."""
-        return self._loader.loading
+    def busy(self) -> bool:
+        """Whether a thread is loading a version, or looking for versions."""
+        return self._loader.loading or self._listing.looking
 
     def policy(self, name: str) -> Policy:
         """What is said of the model `name`."""
@@ -177,13 +177,16 @@ class Repository:
         Raises:
           NotPermitted: the model control is not explicit.
           NotFound: the directory has no such model.
-          NotReady: one of its versions takes long to load, which goes on.
+          NotReady: one of its versions takes long to load, which goes on; or the directory cannot
+            be read.
           OutOfMemory: one of its versions does not fit into memory.
           NotServable: one of its versions was refused for another reason.
         """
         self._check_explicit()
         found = await self._on_disk()
-        if not any(n == name for n, _ in found or ()):
+        if found is None:
+            raise NotReady("the model repository cannot be read: see the log, or ask again later")
+        if not any(n == name for n, _ in found):
             raise NotFound(f"the model repository has no versions of a model {name!r}")
         await self._finish(self._follow(frozenset([name]), again=True))
         refused = {
@@ -252,7 +255,7 @@ class Repository:
     async def _on_disk(self) -> Mapping[Key, Fingerprint] | None:
         """What the directory has; None if it cannot be read, which may pass."""
         try:
-            return await asyncio.to_thread(self._source.versions)
+            return await self._listing.versions()
         except OSError as error:
             _log.error("the model repository cannot be read: %s", error)
             return None
@@ -314,11 +317,12 @@ class Repository:
         loading = asyncio.create_task(self._loader.load(key, held=self._held()))
         # Retrieved, as asyncio complains of an error that nobody has waited for.
         loading.add_done_callback(lambda done: done.cancelled() or done.exception())
-        done, _ = await asyncio.wait({loading}, timeout=self._load_s)
+        most_s = self._settings.serving.load_s
+        done, _ = await asyncio.wait({loading}, timeout=most_s)
         if done:
             self._end_load(key, fingerprint, serving, loading)
             return
-        reason = f"it has been loading for {self._load_s:g} s, and goes on beside other loads"
+        reason = f"it has been loading for {most_s:g} s, and goes on beside other loads"
         _log.error("%s version %d: %s", *key, reason)
         self._loader.leave_alone()
         late = self._entries[key] = Entry(

@@ -78,18 +78,19 @@ def run(settings: Settings) -> None:
     compiled.keep_in(settings.models.compilation_cache)
     _allow_connections(settings)
     devices, leader = settings.devices, None
+    layout = Layout(copies=devices.copies, shards=devices.shards)
     try:
         if devices.host_index:
-            follow(devices, source)
+            follow(devices, source, layout)
             return
         if devices.hosts > 1:
             leader = Leader(devices)
-        Layout(copies=devices.copies, shards=devices.shards).mesh()
+        layout.mesh()
     except HostsError as error:
         raise StartError(f"--hosts: {error}") from error
     except ValueError as error:
         raise StartError(f"--copies and --shards: {error}") from error
-    asyncio.run(_serve(settings, source, leader))
+    asyncio.run(_serve(settings, source, layout, leader))
 
 
 def _allow_connections(settings: Settings) -> None:
@@ -111,7 +112,7 @@ def _allow_connections(settings: Settings) -> None:
         )
 
 
-async def _serve(settings: Settings, source: Source, leader: Leader | None) -> None:
+async def _serve(settings: Settings, source: Source, layout: Layout, leader: Leader | None) -> None:
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
@@ -119,7 +120,7 @@ async def _serve(settings: Settings, source: Source, leader: Leader | None) -> N
         policies = Policies(settings.serving.model_policies)
     except PolicyFileError as error:
         raise StartError(str(error)) from error
-    repository = Repository(settings, source, policies, leader=leader)
+    repository = Repository(settings, source, policies, layout=layout, leader=leader)
     checks = _Health()
     await _set_health(checks, _NOT_SERVING)
     doors = await _open(settings, repository, checks)
@@ -147,8 +148,8 @@ async def _serve(settings: Settings, source: Source, leader: Leader | None) -> N
     await doors.close()
     if leader:
         leader.end()
-    if not answered or repository.loading:
-        # A thread that computes or compiles cannot be ended, and Python would wait for it.
+    if not answered or repository.busy:
+        # A thread that computes, compiles or reads cannot be ended, and Python would wait for it.
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0 if answered else 1)

@@ -1,6 +1,7 @@
 """Two processes of four devices each that compute one version together, as two hosts would."""
 
 import contextlib
+import os
 import re
 import socket
 import subprocess
@@ -46,9 +47,17 @@ def served_by(root, monkeypatch, *, rows):
 
 @pytest.mark.slow
 def test_two_hosts_answer_in_the_bits_of_one_device(tmp_path, monkeypatch):
+    """And beside a version whose manifest is a pipe, which is read until somebody writes to it."""
     _, x, expected = served_by(tmp_path, monkeypatch, rows=70)
-    with two_hosts(tmp_path, "--copies", "2", "--shards", "4") as (server, follower):
+    stalled = tmp_path / "repository" / "before" / "1"
+    stalled.mkdir(parents=True)
+    os.mkfifo(stalled / "manifest.json")
+    flags = ("--copies", "2", "--shards", "4", "--load-s", "0.5")
+    with two_hosts(tmp_path, *flags) as (server, follower):
         with Client(server.address) as client:
+            # The other may take as long here.
+            eventually(lambda: client.is_model_ready("m"))
+            assert not client.is_model_ready("before")
             for rows in (1, 7, 16, 70):
                 found = client.infer("m", {"x": x[:rows]})
                 assert found.exact

@@ -125,8 +125,9 @@ class Serving:
         Field(
             title="SECONDS",
             description="that other loads, and the server's readiness, wait for a version that is "
-            "being loaded; one that takes longer goes on beside them. Give it more than the "
-            "largest model takes, as loads beside each other need memory at once",
+            "being loaded, or for the repository to be listed; what takes longer goes on beside "
+            "them. Give it more than the largest model takes, as loads beside each other need "
+            "memory at once",
         ),
     ] = 300.0
     response_cache_bytes: Annotated[
