@@ -5,6 +5,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import * as grpc from "@grpc/grpc-js";
 import { loadSync } from "@grpc/proto-loader";
 
+import { checked, targetOf } from "./addresses.js";
 import { ClientError, fromService } from "./errors.js";
 import {
   type InferRequest, type InferResult, type ModelMetadata, type ModelState, type ServerMetadata,
@@ -24,6 +25,7 @@ const SERVICE = loadSync(path.join(__dirname, "open_inference.proto"), {
 const MAX_MESSAGE_BYTES = 256 * 2 ** 20;
 const FIRST_BACKOFF_S = 0.1;
 const MAX_BACKOFF_S = 2;
+const BALANCED = JSON.stringify({ loadBalancingConfig: [{ round_robin: {} }] });
 
 export interface ClientOptions {
   /** Seconds that a call has for all of its attempts together; 30 without it. */
@@ -51,25 +53,32 @@ interface WireStreamAnswer {
   readonly infer_response: WireResponse;
 }
 
-/** A connection to the server at `address`, "host:port". Nothing is connected before a call. */
+/**
+ * A connection to the server at `address`, "host:port". Nothing is connected before a call.
+ *
+ * Several addresses take calls in turn, and so do all that the only "dns:///host:port" of a list
+ * resolves to: one that is down is left out, and a call that fails there, or finds it loading or
+ * stopping, goes to another. Of several the IPs are looked up once, at the first call, and their
+ * certificates must have the name of the first.
+ */
 export class Client {
-  private readonly connection: grpc.Client;
+  private readonly addresses: readonly string[];
+  private readonly balanced: boolean;
+  private connection: Promise<grpc.Client> | undefined;
+  private closed = false;
 
+  /** @throws TypeError if there is no address, or one of several is no "host:port". */
   constructor(
-    address: string,
+    address: string | readonly string[],
     private readonly options: ClientOptions = {},
   ) {
-    const credentials = options.credentials ?? grpc.credentials.createInsecure();
-    this.connection = new grpc.Client(address, credentials, {
-      "grpc.max_receive_message_length": MAX_MESSAGE_BYTES,
-      "grpc.initial_reconnect_backoff_ms": 100,
-      "grpc.max_reconnect_backoff_ms": 1000,
-      "grpc.enable_retries": 0, // It would not wait as long as the server says.
-    });
+    this.balanced = typeof address !== "string";
+    this.addresses = checked(typeof address === "string" ? [address] : address);
   }
 
   close(): void {
-    this.connection.close();
+    this.closed = true;
+    this.connection?.then((connection) => connection.close(), () => {});
   }
 
   /** Whether the server runs. One that cannot be reached is an error, and not a no. */
@@ -127,7 +136,8 @@ export class Client {
     { timeoutS }: CallOptions = {},
   ): AsyncGenerator<StreamAnswer, void, undefined> {
     const method = methodOf("ModelStreamInfer");
-    const call = this.connection.makeBidiStreamRequest(
+    const connection = await this.connected();
+    const call = connection.makeBidiStreamRequest(
       method.path, method.requestSerialize, method.responseDeserialize, await this.metadata(),
       timeoutS === undefined ? {} : { deadline: Date.now() + timeoutS * 1e3 },
     );
@@ -187,8 +197,9 @@ export class Client {
   private async attempt(name: string, request: object, deadline: number): Promise<object> {
     const method = methodOf(name);
     const metadata = await this.metadata();
+    const connection = await this.connected();
     return new Promise((resolve, reject) => {
-      this.connection.makeUnaryRequest(
+      connection.makeUnaryRequest(
         method.path, method.requestSerialize, method.responseDeserialize, request, metadata,
         { deadline },
         (error, response) => {
@@ -196,6 +207,31 @@ export class Client {
           else resolve(response as object);
         },
       );
+    });
+  }
+
+  private connected(): Promise<grpc.Client> {
+    if (this.closed) throw new ClientError("the client was closed before the call", "FAILED_PRECONDITION");
+    this.connection ??= this.connect().catch((error: unknown) => {
+      this.connection = undefined; // The next attempt looks the names up again.
+      throw error;
+    });
+    return this.connection;
+  }
+
+  private async connect(): Promise<grpc.Client> {
+    const { target, host } = await targetOf(this.addresses);
+    const credentials = this.options.credentials ?? grpc.credentials.createInsecure();
+    return new grpc.Client(target, credentials, {
+      "grpc.max_receive_message_length": MAX_MESSAGE_BYTES,
+      "grpc.initial_reconnect_backoff_ms": 100,
+      "grpc.max_reconnect_backoff_ms": 1000,
+      "grpc.enable_retries": 0, // It would not wait as long as the server says.
+      ...(this.balanced && { "grpc.service_config": BALANCED }),
+      ...(host !== undefined && {
+        "grpc.default_authority": host,
+        "grpc.ssl_target_name_override": host,
+      }),
     });
   }
 

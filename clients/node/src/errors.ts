@@ -40,7 +40,9 @@ export class ClientError extends Error {
   get temporary(): boolean {
     // gRPC gives a message that is too large the code of a server that is overloaded.
     const large = this.message.includes("message larger than max");
-    return this.code === "UNAVAILABLE" || (this.code === "RESOURCE_EXHAUSTED" && !large);
+    // CANCELLED is what a server that stops answers to calls that arrive at that moment.
+    const away = this.code === "UNAVAILABLE" || this.code === "CANCELLED";
+    return away || (this.code === "RESOURCE_EXHAUSTED" && !large);
   }
 }
 

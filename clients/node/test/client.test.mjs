@@ -4,9 +4,10 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { after, before, describe, it } from "node:test";
 
+import { credentials } from "@grpc/grpc-js";
 import { Client, fromBf16, fromFp16, tensor, toBf16, toFp16 } from "../dist/index.js";
 
-const { addresses, token, features, row, expected, values, halves } = JSON.parse(
+const { addresses, victim, tls, token, features, row, expected, values, halves } = JSON.parse(
   readFileSync(process.env.AQT_EXPECTED, "utf8"),
 );
 const bytesOf = (base64) => new Uint8Array(Buffer.from(base64, "base64"));
@@ -132,6 +133,80 @@ describe("a client", () => {
     for await (const answer of stranger.stream([linear("a")])) refused.push(answer);
     assert.deepEqual(refused.map(({ id, error }) => [id, error.code]), [["a", "UNAUTHENTICATED"]]);
     stranger.close();
+  });
+});
+
+it("gets BYTES as they were sent", async () => {
+  const client = new Client(addresses.fakes[0]);
+  const texts = ["größer", Buffer.from([0, 255]), ""];
+  const { outputs } = await client.infer({ model: "m", inputs: { b: tensor("BYTES", [3], texts) } });
+  assert.equal(outputs.b.datatype, "BYTES");
+  assert.deepEqual(outputs.b.data.map(Buffer.from), texts.map((text) => Buffer.from(text)));
+  client.close();
+});
+
+describe("a client of several servers", () => {
+  it("sends calls to them in turn", async () => {
+    const client = new Client(addresses.fakes);
+    for (let i = 0; i < 100; i++) assert.equal(await client.isLive(), true);
+    client.close();
+  });
+
+  it("has no wrong answer and no failed call while one is killed", async () => {
+    const port = addresses.server.split(":")[1];
+    const client = new Client([`localhost:${port}`, victim.address], { token });
+    let answered = 0;
+    const ask = async () => {
+      for (let i = 0; i < 100; i++) {
+        sameBits((await client.infer(linear("a"))).outputs.y.data, expected);
+        if (++answered === 300) process.kill(victim.pid, "SIGKILL");
+      }
+    };
+    await Promise.all(Array.from({ length: 8 }, ask));
+    assert.equal(answered, 800);
+    client.close();
+  });
+
+  it("names an address that is wrong", async () => {
+    assert.throws(() => new Client([]), /`address` is empty/);
+    assert.throws(() => new Client(["a:1", "b"]), /'b': give each as 'host:port'/);
+    const once = { maxAttempts: 1 };
+    const nowhere = new Client(["127.0.0.1:1", "no-such-host.invalid:1"], once);
+    await fails(nowhere.isLive(), "UNAVAILABLE", /'no-such-host.invalid:1' has no IP/);
+    const mixed = new Client(["127.0.0.1:1", "[::1]:1"], once);
+    await fails(mixed.isLive(), "INVALID_ARGUMENT", /both IPv4 and IPv6/);
+    mixed.close();
+    await fails(mixed.isLive(), "FAILED_PRECONDITION", /was closed/);
+  });
+});
+
+describe("an encrypted connection", () => {
+  const pem = (text) => text && Buffer.from(text);
+  const client = (address, ca, { key, certificate } = {}) =>
+    new Client(address, {
+      maxAttempts: 1, credentials: credentials.createSsl(pem(ca), pem(key), pem(certificate)),
+    });
+  const refused = async (of) => {
+    await fails(of.isLive(), "UNAVAILABLE", /./);
+    of.close();
+  };
+
+  it("is one to a server whose certificate is trusted", async () => {
+    for (const address of [tls.address, [tls.address], [tls.address, tls.address]]) {
+      const trusting = client(address, tls.ca);
+      assert.equal(await trusting.isLive(), true);
+      trusting.close();
+    }
+    await refused(client(tls.address, tls.otherCa));
+    await refused(new Client(tls.address, { maxAttempts: 1 }));
+  });
+
+  it("says who calls by the client's certificate", async () => {
+    const known = client(tls.mutual, tls.ca, tls.client);
+    sameBits((await known.infer(linear("a"))).outputs.y.data, expected);
+    known.close();
+    await refused(client(tls.mutual, tls.ca));
+    await refused(client(tls.mutual, tls.ca, tls.stranger));
   });
 });
 
