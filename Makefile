@@ -14,7 +14,8 @@ COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 
 .PHONY: demo zoo papers attack faults fuzz soak test test-long check differential fmt proto lock clean
 .PHONY: bench bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness
 .PHONY: bench-memory bench-kernel bench-scale bench-peers bench-overload bench-start lock-peers
-.PHONY: deploy-test image-test manifests ray-test page-test wheels test-latest test-minimum docs notebook
+.PHONY: deploy-test image-test manifests ray-test page-test cpp-test wheels
+.PHONY: test-latest test-minimum docs notebook
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
 	$(BIN)/python -m examples.digits.demo
@@ -110,6 +111,9 @@ ray-test: out/ray-venv/installed  ## replicas behind Ray Serve, one of them kill
 page-test: out/page-venv/installed  ## the status page in headless Chromium, and its picture in out/page
 	PYTHONPATH=$(CURDIR):tests:$(wildcard out/page-venv/lib/python3*/site-packages) \
 		$(BIN)/python -m pytest -q tests/chromium/page.py
+
+cpp-test: .venv/installed  ## the C++ client against real servers: needs gRPC for C++
+	$(BIN)/python -m pytest -q tests/server/cpp_client.py
 
 manifests: out/deploy-venv/installed  ## renders the Helm chart to deploy/kubernetes
 	out/deploy-venv/bin/python deploy/helm/render.py

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(
     [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("examples/**/*.md")]
-    + [ROOT / f / "README.md" for f in ("clients/node", "clients/python", "protos", "server")]
+    + [ROOT / "clients" / of / "README.md" for of in ("cpp", "node", "python")]
+    + [ROOT / f / "README.md" for f in ("protos", "server")]
 )
 TUTORIAL = DOCS / "tutorial.md"
 ALONE = ["concepts.md", "how-to/quantize.md", "how-to/calibrate.md"]
