@@ -21,6 +21,7 @@ from aqt_engine import bundle, graphs, portability, proof, tiles
 from aqt_engine.bundle import Arrays, Bundle
 from aqt_engine.convertible import ConversionError as ConversionError
 from aqt_engine.convertible import Convertible, Leaf, LinenModel, ModelFactory, Serving
+from aqt_engine.convertible import Stored as Stored
 from aqt_engine.execution import Program
 from aqt_engine.functions import QuantizedFunction
 from aqt_engine.functions.folding import Function as Function
@@ -51,7 +52,8 @@ def convert(
       model: a function that gives the linen module for a mode: `model(QuantMode.TRAIN)` is what
         was trained, and the mode is to be set on the side of each contraction that is the weight.
         Or `Function(fn)` of any `fn(variables, **inputs)` that contracts with our ops; or what
-        `aqt_engine.functions.quantize` made of one; or another `Convertible`.
+        `aqt_engine.functions.quantize` made of one; or `Stored(fn)`, where the variables hold
+        tensors that are quantized already; or another `Convertible`.
       variables: what was trained: for linen Flax collections, `{"params": ...}` and others.
       example: typical inputs by the names of the model's arguments, each of shape (rows, ...).
         They fix the signature, and the first 256 rows become the witness.

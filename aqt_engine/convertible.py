@@ -188,6 +188,64 @@ class LinenModel(Convertible):
         return dict(stored), quantized
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stored(Convertible):
+    """A function `fn(variables, **inputs)` whose variables hold tensors that are quantized already.
+
+    Nothing was trained here, and nothing is quantized: `fn` itself is what is promised, and served.
+    A quantized tensor is a `QTensor`, as `aqt_engine.migration` gives them, or another library's
+    with arrays `qvalue` and `scale`.
+
+        Stored(lambda variables, **inputs: Mlp(QuantMode.SERVE).apply(variables, **inputs))
+    """
+
+    fn: Callable[..., Any]
+
+    def train(self, variables: Any, inputs: Inputs) -> Any:
+        """The function itself."""
+        return self.fn(variables, **inputs)
+
+    def serving(self, variables: Any, inputs: Inputs) -> Serving:
+        """The function itself, of the leaves of `variables`.
+
+        Raises:
+          ConversionError: none of them is quantized, or one has a dtype that no bundle can store.
+        """
+        leaves = leaves_of(variables)
+        names = {leaf.name for leaf in leaves}
+        roled: list[Leaf] = []
+        for leaf in leaves:
+            of, _, part = leaf.name.rpartition("/")
+            tensor = {f"{of}/qvalue", f"{of}/scale"} <= names
+            role: Role = cast(Role, part) if tensor and part in ("qvalue", "scale") else leaf.role
+            roled.append(dataclasses.replace(leaf, role=role))
+        if not any(leaf.role == "qvalue" for leaf in roled):
+            raise ConversionError(
+                "the variables hold no quantized tensor: give `Stored` what "
+                "`aqt_engine.migration` or another library has quantized, and trained parameters "
+                "to a model that quantizes them"
+            )
+        unsigned = [leaf.name for leaf in roled if leaf.value.dtype in (jnp.uint2, jnp.uint4)]
+        if unsigned:
+            raise ConversionError(
+                f"a bundle stores no uint2 or uint4, which {', '.join(unsigned)} has: quantize it "
+                f"to signed integers, int4 in the place of nf4"
+            )
+        tree = jax.tree.structure(variables)
+
+        def forward(values: Sequence[jax.Array], inputs: Inputs) -> Any:
+            return self.fn(jax.tree.unflatten(tree, values), **inputs)
+
+        return Serving(leaves=roled, forward=forward)
+
+    def calibrated(self, variables: Any, batches: Iterable[Inputs]) -> Any:
+        """Refuses: scales that are stored are not learned again."""
+        raise ConversionError(
+            "the variables are quantized already, with the scales that they have: convert without "
+            "calibrating"
+        )
+
+
 def _call(module: nn.Module, inputs: Inputs) -> Any:
     return module(**inputs)
 

@@ -25,8 +25,13 @@ AFTER_TUTORIAL = ["how-to/triton.md", "how-to/metrics.md", "how-to/canary.md"]
 READ = {TUTORIAL, *(DOCS / page for page in ALONE + AFTER_TUTORIAL)}
 # Their TOML is what a server reads: policies of models, or rules of who may do what.
 SETTINGS = {DOCS / page for page in ("operations.md", "from-triton.md", "from-tf-serving.md")}
-# Run by tests/test_quickstart.py and tests/engine/test_migration_guide.py.
-ELSEWHERE = {"quickstart": ROOT / "README.md", "guide": DOCS / "migrating-from-aqtp.md"}
+# Run by tests/test_quickstart.py, tests/engine/test_migration_guide.py and
+# tests/engine/test_migration_from_qwix.py.
+ELSEWHERE = {
+    "quickstart": ROOT / "README.md",
+    "guide": DOCS / "migrating-from-aqtp.md",
+    "qwix": DOCS / "migrating-from-qwix.md",
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())

@@ -19,19 +19,20 @@ from flax import traverse_util
 from flax.core import meta
 
 from aqt_engine.flax.linen import AqtDotGeneral, numbered
-from aqt_engine.flax.marks import SEPARATOR
+from aqt_engine.migration.expected import (
+    COLLECTION,
+    MigrationError,
+    Path,
+    checked,
+    marks,
+    require_same,
+    shapes,
+)
 from aqt_engine.modes import QuantMode
 from aqt_engine.ops.axes import Axes, DotAxes
 from aqt_engine.qtensor import QTensor, Scale
 
-_COLLECTION = "aqt"
-# A stored scale or weight: collection path, and the last name is `qlhs` or `qrhs`.
-_Path = tuple[str, ...]
 _Order = tuple[Axes, Axes, Axes]
-
-
-class MigrationError(ValueError):
-    """What `aqtp` stored cannot be served by a model; the message says which part, and why."""
 
 
 def from_aqtp(
@@ -54,29 +55,29 @@ def from_aqtp(
         shapes or dtypes, than were stored; or what was stored has several scales, a sparsity mask
         or no values.
     """
-    if _COLLECTION not in variables:
+    if COLLECTION not in variables:
         raise MigrationError(
             "the variables hold no collection 'aqt': give what the aqtp model returned in "
             "QuantMode.CONVERT, or convert trained parameters with `aqt_engine.convert.convert`"
         )
-    stored = cast(Mapping[str, Any], meta.unbox(variables[_COLLECTION]))
-    kept = {name: value for name, value in variables.items() if name != _COLLECTION}
+    stored = cast(Mapping[str, Any], meta.unbox(variables[COLLECTION]))
+    kept = {name: value for name, value in variables.items() if name != COLLECTION}
     expected, orders = _expected(model(QuantMode.CONVERT), kept, example)
-    _require_same_layers(stored, set(expected))
-    migrated: dict[_Path, Any] = {
+    require_same(_layers(stored, ()), set(expected))
+    migrated: dict[Path, Any] = {
         path: _leaf("/".join(path), _at(stored, path), target, orders.get(path))
         for path, target in expected.items()
     }
-    migrated |= _marks(model(QuantMode.CONVERT), kept, example)
-    return {**kept, _COLLECTION: traverse_util.unflatten_dict(migrated)}
+    migrated |= marks(model(QuantMode.CONVERT), kept, example)
+    return {**kept, COLLECTION: traverse_util.unflatten_dict(migrated)}
 
 
 def _expected(
     module: nn.Module, variables: Mapping[str, Any], example: Mapping[str, Any]
-) -> tuple[dict[_Path, QTensor | Scale], dict[_Path, _Order]]:
+) -> tuple[dict[Path, QTensor | Scale], dict[Path, _Order]]:
     """The shapes that our model would store, and by which axes each contraction sorts them."""
-    orders: dict[_Path, _Order] = {}
-    calls: dict[_Path, int] = {}
+    orders: dict[Path, _Order] = {}
+    calls: dict[Path, int] = {}
     signature = inspect.signature(AqtDotGeneral.__call__)
 
     def watch(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -99,63 +100,12 @@ def _expected(
             )
         return next_method(*args, **kwargs)
 
-    def convert(variables: Mapping[str, Any], inputs: Mapping[str, jax.Array]) -> Any:
-        with nn.intercept_methods(watch):
-            return module.apply(variables, inputs, method=_call, mutable=True)[1]
-
-    shapes = meta.unbox(jax.eval_shape(convert, variables, dict(example)).get(_COLLECTION, {}))
-    leaves = _flat(shapes)
-    return {path: leaf for path, leaf in leaves.items() if _is_stored(leaf)}, orders
+    return shapes(module, variables, example, watch), orders
 
 
-def _marks(
-    module: nn.Module, variables: Mapping[str, Any], example: Mapping[str, Any]
-) -> dict[_Path, jax.Array]:
-    """The marks that our model would store, since it is its configuration that will serve."""
-    names: list[_Path] = []
-
-    # They depend on nothing: compiled, nothing else is computed.
-    @jax.jit
-    def marks(variables: Mapping[str, Any], inputs: Mapping[str, jax.Array]) -> list[jax.Array]:
-        stored = module.apply(variables, inputs, method=_call, mutable=True)[1]
-        leaves = _flat(meta.unbox(stored.get(_COLLECTION, {})))
-        found = {path: leaf for path, leaf in leaves.items() if SEPARATOR in path[-1]}
-        names.extend(found)
-        return list(found.values())
-
-    return dict(zip(names, marks(variables, dict(example)), strict=True))
-
-
-def _flat(collection: Mapping[str, Any]) -> dict[_Path, Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(collection, is_leaf=_is_stored)[0]
-    return {tuple(str(key.key) for key in path): leaf for path, leaf in leaves}
-
-
-def _call(module: nn.Module, inputs: Mapping[str, jax.Array]) -> Any:
-    return module(**inputs)
-
-
-def _is_stored(leaf: Any) -> bool:
-    return isinstance(leaf, QTensor | Scale)
-
-
-def _require_same_layers(stored: Mapping[str, Any], expected: set[_Path]) -> None:
-    """Refuses layers that only one of the two quantizes."""
-    found = _layers(stored, ())
-    only_stored = sorted("/".join(path) for path in found - expected)
-    only_expected = sorted("/".join(path) for path in expected - found)
-    if only_stored or only_expected:
-        raise MigrationError(
-            f"the model does not quantize what was stored: only stored are "
-            f"{', '.join(only_stored) or 'none'}, and only the model has "
-            f"{', '.join(only_expected) or 'none'}; give each side of each layer the mode that it "
-            f"had in the aqtp model"
-        )
-
-
-def _layers(node: Mapping[str, Any], path: _Path) -> set[_Path]:
+def _layers(node: Mapping[str, Any], path: Path) -> set[Path]:
     """The paths of the mappings that hold a stored tensor in either layout."""
-    found: set[_Path] = set()
+    found: set[Path] = set()
     for name, child in node.items():
         if not isinstance(child, Mapping):
             continue
@@ -166,7 +116,7 @@ def _layers(node: Mapping[str, Any], path: _Path) -> set[_Path]:
     return found
 
 
-def _at(node: Any, path: _Path) -> Mapping[str, Any]:
+def _at(node: Any, path: Path) -> Mapping[str, Any]:
     for name in path:
         node = node[name]
     return node
@@ -181,12 +131,12 @@ def _leaf(
     else:
         qvalue, bias = _unboxed(stored.get("value")), None
         scale = _as_weight(where, _unboxed(stored.get("scale")), target.scale, order)
-    scale = _checked(where, "scale", scale, target.scale)
-    bias = _checked(where, "bias", bias, target.bias)
+    scale = checked(where, "scale", scale, target.scale)
+    bias = checked(where, "bias", bias, target.bias)
     if isinstance(target, Scale):
         assert scale is not None
         return Scale(scale, bias)
-    qvalue = _checked(where, "values", qvalue, target.qvalue)
+    qvalue = checked(where, "values", qvalue, target.qvalue)
     assert qvalue is not None
     return QTensor(qvalue, scale, target.dequant_dtype, bias)
 
@@ -240,26 +190,6 @@ def _as_weight(where: str, scale: Any, target: Any, order: _Order | None) -> Any
 
 def _wide(shape: tuple[int, ...]) -> list[int]:
     return [size for size in shape if size != 1]
-
-
-def _checked(where: str, part: str, array: Any, target: Any) -> jax.Array | None:
-    """`array`, which has the shape and dtype of `target`, or is None where that is None."""
-    if array is None and target is None:
-        return None
-    if array is None or target is None or not _fits(array, target):
-        raise MigrationError(
-            f"{where} was stored with {part} {_described(array)} and the model has "
-            f"{_described(target)}: use the configuration and the tiles that it was stored with"
-        )
-    return jnp.asarray(array)
-
-
-def _fits(array: Any, target: Any) -> bool:
-    return tuple(array.shape) == tuple(target.shape) and array.dtype == target.dtype
-
-
-def _described(array: Any) -> str:
-    return "absent" if array is None else f"of {array.dtype}{list(array.shape)}"
 
 
 def _is_array(x: Any) -> bool:
