@@ -1,8 +1,10 @@
 """Generated contractions: shapes, axes and values, for property tests."""
 
 import dataclasses
+import functools
 
 import hypothesis.strategies as st
+import jax
 import numpy as np
 
 # Left shape, right shape, dimension numbers: every kind of axis, in and out of order.
@@ -100,6 +102,16 @@ def contractions(draw, dtype=np.float32, max_size=7):
 
     out = (*batch, *lr, *rr)
     return Contraction(values(lhs), values(rhs), ((lc, rc), (lb, rb)), values(out), seed)
+
+
+def compiled(f, *first, **named):
+    """`f` with these arguments, as one program; eager, each operation is compiled by itself."""
+    return jax.jit(functools.partial(f, *first, **named))
+
+
+def value_and_gradients(f, lhs, rhs, cotangent):
+    out, vjp = jax.vjp(f, lhs, rhs)
+    return out, *vjp(cotangent)
 
 
 def bits(x):
