@@ -146,7 +146,8 @@ def test_shard_map():
     sharded = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(spec, None), out_specs=spec)
     found = quantize(lambda x, w: sharded(x, w), everywhere(NOISY))
     assert_same_bits(jax.jit(found)(X, W), jax.jit(dense)(X, W))
-    gradient = jax.grad(lambda w: found(X, w, context=Context(key=jax.random.key(0))).sum())
+    context = Context(key=jax.random.key(0))
+    gradient = jax.jit(jax.grad(lambda w: found(X, w, context=context).sum()))
     assert gradient(W).shape == W.shape
 
 
@@ -198,7 +199,7 @@ def test_functions_with_a_derivative_of_their_own_stay_as_they_are():
 
 def test_paths_of_linen_modules_and_of_transformed_scopes():
     model = nn.Sequential([nn.Dense(6), nn.relu, nn.Dense(3)])
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     rules = Rules((Rule(modules=".*/layers_0/0", config=INT8),))
     int8 = nn.Sequential([nn.Dense(6, dot_general=AqtDotGeneral(INT8)), nn.relu, nn.Dense(3)])
     assert_same_bits(quantize(model.apply, rules)(variables, X), int8.apply(variables, X))

@@ -36,7 +36,7 @@ class Mixer(nn.Module):
 
 def test_answers_are_those_of_training(tmp_path):
     x = np.random.default_rng(0).normal(size=(ROWS, 16, 4)).astype(np.float32)
-    variables = Mixer().init(jax.random.key(0), x[:TILE])
+    variables = jax.jit(Mixer().init)(jax.random.key(0), x[:TILE])
     convert.convert(Mixer, variables, {"x": x[:TILE]}, tmp_path / "m" / "1", tile=TILE)
     loaded = bundle.load(tmp_path / "m" / "1")
     trained = jax.jit(Mixer().apply)

@@ -14,7 +14,7 @@ from aqt_engine import Context, QTensor, config, dot_general
 from aqt_engine.calibration import MinMaxCalibration
 from aqt_engine.ops import ragged_dot
 from aqt_engine.ops.ragged_dot import quantize_rhs
-from engine.contractions import assert_same_bits
+from engine.contractions import assert_same_bits, compiled, value_and_gradients
 
 MATMUL = (((1,), (0,)), ((), ()))
 # An empty group among them, and two rows beyond the last.
@@ -37,11 +37,6 @@ def slices(sizes=SIZES):
 
 def contraction(c, sizes=SIZES, **arguments):
     return functools.partial(ragged_dot, group_sizes=jnp.asarray(sizes), config=c, **arguments)
-
-
-def value_and_gradients(f, lhs, rhs, g):
-    out, vjp = jax.vjp(f, lhs, rhs)
-    return out, *vjp(g)
 
 
 def group_by_group(c):
@@ -92,9 +87,10 @@ def test_value_and_gradients_are_those_of_each_group_alone(c, dtype):
 @pytest.mark.slow
 def test_unquantized_gradients_are_those_of_jax():
     arguments = operands(2)
-    found = value_and_gradients(contraction(config.DotGeneral()), *arguments)
+    found = compiled(value_and_gradients, contraction(config.DotGeneral()))(*arguments)
     in_float = functools.partial(jax.lax.ragged_dot, group_sizes=jnp.asarray(SIZES))
-    for mine, other in zip(found, value_and_gradients(in_float, *arguments), strict=True):
+    expected = compiled(value_and_gradients, in_float)(*arguments)
+    for mine, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6)
 
 
@@ -119,11 +115,11 @@ def test_forward_equals_aqtp_where_the_groups_share_their_scales():
 
 def test_a_stored_side_and_a_given_scale():
     lhs, rhs, _ = operands(3)
-    expected = contraction(INT8)(lhs, rhs)
-    stored = quantize_rhs(rhs, config=INT8)
+    expected = compiled(contraction(INT8))(lhs, rhs)
+    stored = compiled(quantize_rhs, config=INT8)(rhs)
     assert stored.qvalue.dtype == jnp.int8
     assert stored.scale.shape == (len(SIZES), 1, N)
-    assert_same_bits(contraction(INT8)(lhs, stored), expected)
+    assert_same_bits(compiled(contraction(INT8))(lhs, stored), expected)
     scale = INT8.fwd.lhs.quantizer(None).calibrate(lhs, 1)
     assert_same_bits(contraction(INT8, lhs_scale=scale)(lhs, rhs), expected)
     with pytest.raises(TypeError, match="stored QTensor has no gradient"):
@@ -158,10 +154,11 @@ def test_rows_of_a_group_longer_than_the_accumulator_are_summed_in_parts():
 
 def test_what_is_not_finite_stays_in_its_row_and_its_group():
     lhs, rhs, _ = operands(6)
-    expected = np.asarray(contraction(INT8)(lhs, rhs))
+    run = compiled(contraction(INT8))
+    expected = np.asarray(run(lhs, rhs))
     # Row 10 is in no group.
     bad = lhs.at[0, 3].set(np.nan).at[10, 0].set(np.inf)
-    out = np.asarray(contraction(INT8)(bad, rhs.at[2, 0, 1].set(np.inf)))
+    out = np.asarray(run(bad, rhs.at[2, 0, 1].set(np.inf)))
     spoiled = np.zeros((ROWS, N), bool)
     spoiled[0] = spoiled[3:8, 1] = True
     assert np.isnan(out[spoiled]).all()
@@ -174,16 +171,15 @@ def test_transformations():
     run = functools.partial(value_and_gradients, contraction(INT8))
     expected = jax.jit(run)(lhs, rhs, g)
 
-    def twice(x):
-        return jnp.stack([x, x])
+    def scanned(lhs, rhs, g):
+        return jax.lax.scan(lambda c, x: (c, run(x, rhs[0], g[0])), 0, lhs)[1]
 
-    mapped = jax.vmap(run)(twice(lhs), twice(rhs), twice(g))
-    remat = functools.partial(value_and_gradients, jax.checkpoint(contraction(INT8)))
-    scanned = jax.lax.scan(lambda c, x: (c, run(x, rhs, g)), 0, twice(lhs))[1]
+    twice = [np.stack([x, x]) for x in (lhs, rhs, g)]
+    remat = compiled(value_and_gradients, jax.checkpoint(contraction(INT8)))
     for found in (
-        jax.tree.map(lambda x: x[1], mapped),
-        jax.tree.map(lambda x: x[1], scanned),
-        jax.jit(remat)(lhs, rhs, g),
+        jax.tree.map(lambda x: np.asarray(x)[1], jax.jit(jax.vmap(run))(*twice)),
+        jax.tree.map(lambda x: np.asarray(x)[1], jax.jit(scanned)(*twice)),
+        remat(lhs, rhs, g),
     ):
         jax.tree.map(assert_same_bits, found, expected)
 
