@@ -2,18 +2,21 @@
 
 Orbax writes it, without compression, under the number of each array in its order; whoever has Orbax
 can restore it. A bundle's reader needs neither Orbax nor a second copy: the bytes of each file are
-read to where executables on a CPU take them as they are. They are not mapped: a file that is cut
-short or written over would end the server, or change its answers.
+read when they are asked for, to where executables on a CPU take them as they are. They are not
+mapped: a file that is cut short or written over would end the server, or change its answers.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 import numpy as np
+
+from aqt_engine.files import BundleError
 
 Array = np.ndarray[Any, Any]
 _ALIGNMENT = 64
@@ -43,27 +46,76 @@ def save(path: Path, arrays: Sequence[Array]) -> None:
     handler.close()
 
 
-def load(path: Path) -> list[Array]:
-    """The arrays that `save` wrote at `path`, each at an address that executables read from.
+@dataclasses.dataclass(frozen=True, slots=True)
+class _File:
+    """An array in a file, which is as it was found."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    found: tuple[int, ...]
+
+    def read(self) -> Array:
+        array = aligned_zeros(self.shape, self.dtype)
+        with self.path.open("rb") as stream:
+            read = stream.readinto(array.reshape(-1).view(np.uint8).data)
+        if read != array.nbytes or _as_it_is(self.path) != self.found:
+            raise BundleError(
+                f"{self.path} was written over while it was read: write another version instead"
+            )
+        return array
+
+
+class Stored(Sequence[Array]):
+    """Arrays in files, each read anew whenever it is asked for: who reads one keeps only that.
+
+    They lie at addresses that executables read from.
+
+    Raises:
+      BundleError: on reading, the file is not what it was.
+      OSError: it cannot be read.
+    """
+
+    def __init__(self, files: Sequence[_File]):
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @overload
+    def __getitem__(self, index: int) -> Array: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Stored": ...
+    def __getitem__(self, index: int | slice) -> "Array | Stored":
+        if isinstance(index, slice):
+            return Stored(self._files[index])
+        return self._files[index].read()
+
+
+def load(path: Path) -> Stored:
+    """The arrays that `save` wrote at `path`.
 
     Raises:
       ValueError: they are stored otherwise.
-      OSError: one cannot be read.
+      OSError: one cannot be found.
     """
-    return [_read(path / str(i)) for i in range(sum(entry.is_dir() for entry in path.iterdir()))]
+    return Stored([_file(path / str(i)) for i in range(sum(e.is_dir() for e in path.iterdir()))])
 
 
-def _read(path: Path) -> Array:
+def _file(path: Path) -> _File:
     form = json.loads((path / ".zarray").read_text())
     shape, dtype = tuple(form["shape"]), np.dtype(form["dtype"])
     file = path / (".".join("0" * len(shape)) or "0")
-    array = aligned_zeros(shape, dtype)
     whole = (form["compressor"], form["order"], form["chunks"]) == (None, "C", form["shape"])
-    if not whole or file.stat().st_size != array.nbytes:
+    if not whole or file.stat().st_size != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{file} is not one whole array of {dtype}{list(shape)}")
-    with file.open("rb") as stream:
-        stream.readinto(array.reshape(-1).view(np.uint8).data)
-    return array
+    return _File(file, shape, dtype, _as_it_is(file))
+
+
+def _as_it_is(file: Path) -> tuple[int, ...]:
+    """What changes when a file does."""
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def by_name(path: Path) -> bool:

@@ -87,7 +87,8 @@ class Witness:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """A bundle in memory. `weights` stand in the manifest's order.
+    """A bundle in memory, but for its `weights`, in the manifest's order: one that is asked for is
+    read, and one that nobody keeps takes no memory. (Those of formats 1 and 2 are all kept.)
 
     There is a graph, a witness and, where the model allows it, a graph for any number of rows
     (`batched`) for each length bucket; the only bucket is () where no dimension is symbolic.
@@ -96,7 +97,7 @@ class Bundle:
     manifest: Manifest
     graphs: Mapping[LengthBucket, export.Exported]
     batched: Mapping[LengthBucket, export.Exported]
-    weights: tuple[np.ndarray[Any, Any], ...]
+    weights: Sequence[Array]
     witnesses: Mapping[LengthBucket, Witness]
 
     @property
@@ -310,7 +311,7 @@ def _load_graphs(root: Path, manifest: Manifest, kind: str) -> dict[LengthBucket
 
 def _load_arrays(
     root: Path, manifest: Manifest
-) -> tuple[tuple[Array, ...], dict[LengthBucket, Witness]]:
+) -> tuple[Sequence[Array], dict[LengthBucket, Witness]]:
     """The weights and, by length bucket, the witnesses."""
     if arrays.by_name(root / _WEIGHTS):
         return _named_arrays(root, manifest)
@@ -323,7 +324,7 @@ def _load_arrays(
         )
         for bucket in manifest.length_buckets
     }
-    return tuple(weights), witnesses
+    return weights, witnesses
 
 
 def _named_arrays(

@@ -19,10 +19,11 @@ devices are those of several processes of JAX's, each of them makes the same pro
 with the same inputs in the same order, and each has the whole answer.
 """
 
+import contextlib
 import enum
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -30,7 +31,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from aqt_engine import lengths
+from aqt_engine import heap, lengths
 from aqt_engine.arrays import aligned_zeros
 from aqt_engine.bundle import Bundle, BundleError
 from aqt_engine.kernels import library
@@ -111,14 +112,28 @@ class Program:
         used = any(graph.packed for graph in self._graphs.values())
         self.kernel = library.instruction_set() if used else None
         """The instruction set of the kernel that computes contractions; None if XLA does all."""
-        places = [
+        self._places = [
             self._mesh and layout.of_weight(self._mesh, spec) for spec in bundle.manifest.weights
         ]
-        self._weights = _placed(bundle.weights, places, self._graphs)
+        self._weights = _placed(bundle.weights, self._places, self._graphs)
         self._executables: dict[tuple[LengthBucket, int], Callable[..., Sequence[jax.Array]]] = {}
         self.workspace_nbytes = 0
         """Bytes beside the weights that the hungriest of the compiled executables computes in."""
         self._compiling = threading.Lock()
+
+    @contextlib.contextmanager
+    def set_aside(self, bundle: Bundle) -> Generator[None]:
+        """Gives back the memory of the weights, those of `bundle`, and reads them again at the end.
+
+        The program is not called meanwhile.
+        """
+        self._weights = {}
+        heap.give_back()
+        try:
+            yield
+        finally:
+            heap.give_back()
+            self._weights = _placed(bundle.weights, self._places, self._graphs)
 
     @property
     def max_rows(self) -> int:
@@ -130,6 +145,7 @@ class Program:
         with self._compiling:
             if (length_bucket, bucket) not in self._executables:
                 self._executables[length_bucket, bucket] = self._compiled(bucket, length_bucket)
+                heap.give_back()
 
     def _compiled(
         self, bucket: int, length_bucket: LengthBucket
@@ -271,7 +287,10 @@ def _placed(
     places: Sequence[Sharding | None],
     graphs: Mapping[LengthBucket, Substituted],
 ) -> dict[LengthBucket, list[jax.Array]]:
-    """The weights in their places, as each graph takes them; what several take is there once."""
+    """The weights in their places, as each graph takes them; what several take is there once.
+
+    Each is dropped before the next is read, where it has become another array.
+    """
     placed: dict[tuple[int, Packing | None], jax.Array] = {}
 
     def place(index: int, packing: Packing | None) -> jax.Array:

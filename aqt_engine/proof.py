@@ -5,14 +5,15 @@ More inputs than the witness has can be tried against a reference that computes 
 the training forward, or else the bundle's own graph.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_engine import lengths, witness
+from aqt_engine import heap, lengths, witness
 from aqt_engine.bundle import Arrays, Bundle, Witness
 from aqt_engine.execution import Program
 from aqt_engine.manifest import LengthBucket, Manifest, bucket_name
@@ -79,18 +80,20 @@ def of_random_inputs(
     for bucket, w in witnesses.items():
         rng = np.random.default_rng(seed)
         inputs = sampled(w.inputs, program.max_rows, rng)
-        drawn = Witness(inputs=inputs, outputs=reference(bucket, inputs))
+        requests = _requests(manifest, bucket, inputs, rng) if manifest.lengths else []
+        # At once: what computes it may take the place of the program.
+        drawn, *expected = _answered(reference, manifest, bucket, [inputs, *requests])
         for trial, verdict in witness.trials(program, drawn):
             yield _at(manifest, bucket, (f"random inputs, {trial}", verdict))
         order = rng.permutation(program.max_rows)
         shuffled = {k: v[order] for k, v in inputs.items()}
-        expected = {k: v[order] for k, v in drawn.outputs.items()}
-        verdict = witness.compare(program(shuffled), expected)
+        outputs = {k: v[order] for k, v in drawn.outputs.items()}
+        verdict = witness.compare(program(shuffled), outputs)
         yield _at(manifest, bucket, ("random inputs, with the rows shuffled", verdict))
         for neighbor in witness.NEIGHBORS:
             yield _at(manifest, bucket, _beside_padding(program, drawn, neighbor))
         if manifest.lengths:
-            yield _at(manifest, bucket, _shorter(program, reference, bucket, inputs, rng))
+            yield _at(manifest, bucket, _shorter(program, expected))
 
 
 def sampled(inputs: Arrays, rows: int, rng: np.random.Generator) -> dict[str, Array]:
@@ -113,12 +116,22 @@ def sampled(inputs: Arrays, rows: int, rng: np.random.Generator) -> dict[str, Ar
 
 def tile_by_tile(bundle: Bundle) -> Reference:
     """The bundle's graph, run on one tile after the other, each row where it lies."""
-    compiled = {b: jax.jit(graph.call) for b, graph in bundle.graphs.items()}
-    manifest, weights = bundle.manifest, list(bundle.weights)
+    manifest = bundle.manifest
+    shapes = [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in manifest.weights]
+
+    @functools.cache
+    def compiled(bucket: LengthBucket) -> Callable[..., Sequence[jax.Array]]:
+        rows = [s.with_rows(manifest.tile, manifest.sizes(bucket)) for s in manifest.inputs]
+        return jax.jit(bundle.graphs[bucket].call).lower(shapes, rows).compile()
 
     def reference(bucket: LengthBucket, inputs: Arrays) -> Arrays:
+        run = compiled(bucket)
+        heap.give_back()
+        # Read for this call, after the compiler's memory is free again, and not kept.
+        weights = list(bundle.weights)
+
         def at_tile(weights: Any, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-            answers = compiled[bucket](weights, [rows[spec.name] for spec in manifest.inputs])
+            answers = run(weights, [rows[spec.name] for spec in manifest.inputs])
             return {s.name: a for s, a in zip(manifest.outputs, answers, strict=True)}
 
         return in_tiles(at_tile, weights, inputs, manifest.tile)
@@ -158,41 +171,58 @@ def _beside_padding(program: Program, drawn: Witness, neighbor: str) -> Trial:
     return f"random inputs, with {neighbor} in the padding", verdict
 
 
-def _shorter(
-    program: Program,
-    reference: Reference,
-    bucket: LengthBucket,
-    inputs: Arrays,
-    rng: np.random.Generator,
-) -> Trial:
-    """Requests of a tile each, of random lengths that have this bucket."""
-    manifest = program.manifest
-    found: list[dict[str, Array]] = []
-    expected: list[dict[str, Array]] = []
+def _requests(
+    manifest: Manifest, bucket: LengthBucket, inputs: Arrays, rng: np.random.Generator
+) -> list[Arrays]:
+    """Requests of a tile each, of the rows of `inputs` cut to random lengths of this bucket."""
+    found: list[Arrays] = []
     for start in range(0, _rows(inputs), manifest.tile):
         sizes = {
             name: int(rng.integers(_next_shorter(manifest.lengths[name], size), size) + 1)
             for name, size in manifest.sizes(bucket).items()
         }
-        request = {
-            spec.name: inputs[spec.name][start : start + manifest.tile][
-                tuple(
-                    slice(sizes[spec.axes[i]] if i in spec.axes else None)
-                    for i in range(len(spec.shape))
-                )
-            ]
-            for spec in manifest.inputs
-        }
-        whole = reference(bucket, lengths.pad(manifest, request, bucket))
-        # Flat, as requests of several lengths cannot stand in one array.
-        found.append({k: v.ravel() for k, v in program(request).items()})
-        cut = lengths.cut(manifest, whole, sizes)
-        expected.append({k: v.ravel() for k, v in cut.items()})
-    joined = [
-        {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-        for parts in (found, expected)
-    ]
-    return "random inputs, at random lengths", witness.compare(*joined)
+        found.append(
+            {
+                spec.name: inputs[spec.name][start : start + manifest.tile][
+                    tuple(
+                        slice(sizes[spec.axes[i]] if i in spec.axes else None)
+                        for i in range(len(spec.shape))
+                    )
+                ]
+                for spec in manifest.inputs
+            }
+        )
+    return found
+
+
+def _answered(
+    reference: Reference, manifest: Manifest, bucket: LengthBucket, requests: Sequence[Arrays]
+) -> list[Witness]:
+    """Requests of whole tiles with their answers, which are of their own lengths."""
+    padded = requests
+    if manifest.lengths:
+        padded = [lengths.pad(manifest, request, bucket) for request in requests]
+    together = {name: np.concatenate([r[name] for r in padded]) for name in padded[0]}
+    outputs = reference(bucket, together)
+    answered: list[Witness] = []
+    start = 0
+    for request in requests:
+        end = start + _rows(request)
+        answer: Arrays = {name: array[start:end] for name, array in outputs.items()}
+        if manifest.lengths:
+            answer = lengths.cut(manifest, answer, lengths.lengths_of(manifest, request))
+        answered.append(Witness(inputs=request, outputs=answer))
+        start = end
+    return answered
+
+
+def _shorter(program: Program, requests: Sequence[Witness]) -> Trial:
+    # Flat, as requests of several lengths cannot stand in one array.
+    found, expected = (
+        {name: np.concatenate([part[name].ravel() for part in parts]) for name in parts[0]}
+        for parts in ([program(w.inputs) for w in requests], [w.outputs for w in requests])
+    )
+    return "random inputs, at random lengths", witness.compare(found, expected)
 
 
 def _next_shorter(sizes: tuple[int, ...], size: int) -> int:

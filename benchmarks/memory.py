@@ -3,13 +3,19 @@
     python -m benchmarks.memory --markdown --json out/bench/memory.json
 
 A chain of dense layers of 2,048x2,048 is converted from its checkpoint by `aqt convert`, then
-loaded and asked for a row as a server does it, each in a process of its own, whose resident memory
-is read again and again. The same is done with one layer of 16x16: that is the base, of Python, JAX
-and the compiler. What is more is divided by the bytes of the weights, or of the largest of them.
+loaded, proved and asked for a row by what loads versions in a server, each in a process of its own,
+whose memory is read again and again. The same is done with one layer of 16x16: that is the base, of
+Python, JAX and the compiler. What is more is divided by the bytes of the weights, or of the largest
+of them.
+
+Resident is all that a process has in memory. Anonymous is what of it has no file behind it, so that
+the system cannot take it away and read it again.
 """
 
 import argparse
+import asyncio
 import contextlib
+import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -25,8 +31,10 @@ from rich.console import Console
 from rich.table import Table
 
 from aqt_engine import QuantMode, bundle, config
-from aqt_engine.execution import Program
 from aqt_engine.flax import AqtDotGeneral
+from aqt_server.directory import Directory
+from aqt_server.loader import Loader
+from aqt_server.settings import Models, Settings
 from benchmarks import command
 from benchmarks.environment import described, environment
 from examples.pipeline import save
@@ -34,7 +42,7 @@ from examples.pipeline import save
 WIDTH, LAYERS, SMALL_WIDTH = 2048, 16, 16
 TILE = 16
 # Beside the base: of the bundle while serving, of the largest float tensor while converting.
-MOST_SERVING, MOST_CONVERTING = 1.3, 1.5
+MOST = {("serving", "resident"): 1.3, ("converting", "anonymous"): 1.5}
 
 
 class Chain(nn.Module):
@@ -61,43 +69,54 @@ def small(quant_mode: QuantMode) -> Chain:
 
 
 def serve(path: Path) -> None:
-    """What a server does with a bundle before and for its first answer."""
-    program = Program(bundle.load(path), max_rows=TILE)
-    (spec,) = program.manifest.inputs
-    program({spec.name: np.ones((1, spec.shape[1]), np.float32)})
+    """What a server does with a bundle before and for its first answer, with its defaults."""
+    repository = path.parent.parent
+    settings = Settings(models=Models(model_repository=str(repository)))
+    loading = Loader(settings, Directory(repository)).load((path.parent.name, 1), held=0)
+    loaded = asyncio.run(loading)
+    (spec,) = loaded.manifest.inputs
+    loaded.executor({spec.name: np.ones((1, spec.shape[1]), np.float32)})
 
 
-def peak(*command: str | Path) -> int:
-    """The most bytes that the command had resident.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Peak:
+    """The most bytes that a process had resident, and of these without a file behind them."""
+
+    resident: int
+    anonymous: int
+
+
+def peak(*command: str | Path) -> Peak:
+    """That of the command.
 
     Raises:
       RuntimeError: it failed.
     """
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
-        most = 0
+        resident = anonymous = 0
         while process.poll() is None:
-            most = max(most, _high_water_mark(process.pid))
-            time.sleep(0.01)
+            status = _status(process.pid)
+            # Not that of `wait4`, which begins with what this process had when it started another.
+            resident = max(resident, status.get("VmHWM", 0))
+            anonymous = max(anonymous, status.get("RssAnon", 0))
+            time.sleep(0.005)
         if process.returncode:
             log.seek(0)
             raise RuntimeError(f"{command} failed: {log.read()[-2000:]}")
-    return most
+    return Peak(resident, anonymous)
 
 
-def _high_water_mark(process: int) -> int:
-    """Bytes; 0 of a process that has just ended.
-
-    Not that of `wait4`, which begins with what this process had when it started the other.
-    """
+def _status(process: int) -> dict[str, int]:
+    """The figures of the memory of a process, in bytes; none of one that has just ended."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        for line in Path(f"/proc/{process}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return 0
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        parts = (line.split() for line in lines if line.endswith(" kB"))
+        return {name.removesuffix(":"): int(kilobytes) * 1024 for name, kilobytes, _ in parts}
+    return {}
 
 
-def peaks(folder: Path, name: str, layers: int, width: int) -> dict[str, int]:
+def peaks(folder: Path, name: str, layers: int, width: int) -> dict[str, Peak]:
     """Of converting and of serving one model."""
     rng = np.random.default_rng(0)
     kernels = (rng.normal(size=(width, width)).astype(np.float32) for _ in range(layers))
@@ -124,29 +143,36 @@ def measure() -> list[dict[str, Any]]:
         found = peaks(folders[1], "large", LAYERS, WIDTH)
         stored = bundle.read_manifest(folders[1] / "model" / "1").nbytes
     of = {"serving": ("bundle", stored), "converting": ("largest tensor", WIDTH * WIDTH * 4)}
-    return [
-        {
+
+    def result(phase: str, memory: str) -> dict[str, Any]:
+        what, nbytes = of[phase]
+        at_base, at_peak = (getattr(peaks[phase], memory) for peaks in (base, found))
+        ratio = (at_peak - at_base) / nbytes
+        return {
             "phase": phase,
-            "base": base[phase],
-            "peak": found[phase],
+            "memory": memory,
+            "base": at_base,
+            "peak": at_peak,
             "of": what,
             "nbytes": nbytes,
-            "ratio": (found[phase] - base[phase]) / nbytes,
-            "most": MOST_SERVING if phase == "serving" else MOST_CONVERTING,
+            "ratio": ratio,
+            "most": MOST.get((phase, memory)),
         }
-        for phase, (what, nbytes) in of.items()
-    ]
+
+    return [result(phase, memory) for phase in of for memory in ("resident", "anonymous")]
 
 
 def show(results: Sequence[dict[str, Any]], *, markdown: bool) -> None:
     table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD)
-    for column in ("", "base MB", "peak MB", "of", "MB", "(peak - base) / that", "mark", ""):
+    for column in ("", "memory", "base MB", "peak MB", "of", "MB", "(peak - base) / that", "mark"):
         table.add_column(column, justify="right", no_wrap=True)
     for r in results:
         sizes = (f"{r[k] / 1e6:.0f}" for k in ("base", "peak"))
-        told = "met" if r["ratio"] <= r["most"] else "missed"
         row = (*sizes, r["of"], f"{r['nbytes'] / 1e6:.0f}", f"{r['ratio']:.2f}")
-        table.add_row(r["phase"], *row, f"{r['most']}", told)
+        mark = ""
+        if r["most"] is not None:
+            mark = f"{r['most']}: {'met' if r['ratio'] <= r['most'] else 'missed'}"
+        table.add_row(r["phase"], r["memory"], *row, mark)
     Console(width=max(120, Console().width)).print(table)
 
 

@@ -51,7 +51,7 @@ class Packing:
 
     def __call__(self, weight: Array) -> Array:
         """The weight as the kernel reads it."""
-        values = np.asarray(weight).astype(np.int8)
+        values = np.asarray(weight).astype(np.int8, copy=False)
         for step, numbers in self.steps:
             values = values.reshape(numbers) if step == "reshape" else values.transpose(numbers)
         free = [a for a in range(values.ndim) if a not in self.contracted]

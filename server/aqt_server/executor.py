@@ -20,6 +20,7 @@ from aqt_engine import bundle, proof
 from aqt_engine.bundle import Arrays, Bundle, Manifest
 from aqt_engine.execution import Mode, Program, tile_buckets
 from aqt_engine.layout import Layout
+from aqt_engine.manifest import LengthBucket
 from aqt_server.distributions import Distribution, distributions
 from aqt_server.memory import Memory, told, workspace
 
@@ -101,7 +102,13 @@ class Executor:
     def _trials(self, loaded: Bundle, rows: int) -> Iterator[proof.Trial]:
         witnesses = loaded.witnesses
         yield from proof.of_witnesses(self._program, loaded.manifest, witnesses, rows=rows)
-        reference = proof.tile_by_tile(loaded)
+        of_graph = proof.tile_by_tile(loaded)
+
+        def reference(length_bucket: LengthBucket, inputs: Arrays) -> Arrays:
+            # It takes the weights as they were stored, and no memory is there for two copies.
+            with self._program.set_aside(loaded):
+                return of_graph(length_bucket, inputs)
+
         yield from proof.of_random_inputs(self._program, reference, witnesses)
 
 
@@ -178,7 +185,7 @@ def load(
             layout=layout,
             program=program,
         )
-        memory.check(manifest, workspace=made.workspace_nbytes, copies=1)
+        memory.check(manifest, workspace=made.workspace_nbytes, placed=True)
         return made, made.prove(loaded, more_s=proof_s if mode is Mode.EXACT else 0)
 
     with told():

@@ -97,7 +97,7 @@ class Loader:
           NoMemoryError: there is not.
         """
         memory = Memory(limit=self._memory_limit, held=held, available=self._available)
-        memory.check(loaded.manifest, workspace=loaded.executor.workspace_nbytes, copies=0)
+        memory.check(loaded.manifest, workspace=loaded.executor.workspace_nbytes, placed=True)
 
     def _load(self, key: Key, held: int) -> executor.Loaded:
         name = key[0]

@@ -9,9 +9,6 @@ import jax
 
 from aqt_engine.bundle import Manifest
 
-_COPIES = 3
-"""Of the weights while a version is proved: as read, of the program, and of its reference."""
-
 
 class NoMemoryError(Exception):
     """There is not as much memory as a version takes, or as it computes in."""
@@ -43,10 +40,11 @@ class Memory:
     held: int
     available: Callable[[], int]
 
-    def check(self, manifest: Manifest, *, workspace: int, copies: int = _COPIES) -> None:
+    def check(self, manifest: Manifest, *, workspace: int, placed: bool = False) -> None:
         """Returns if a version of `manifest`, with a `workspace` of so many bytes, can be loaded.
 
-        `copies` are those that will be made of its weights from now on.
+        `placed` is whether its weights are in memory already. While they are read, the largest is
+        there twice: as it is stored, and as it is computed with.
 
         Raises:
           NoMemoryError: it cannot.
@@ -57,12 +55,16 @@ class Memory:
                 f"its weights and workspace take {holds} bytes, other versions {self.held}, and "
                 f"--model-memory-bytes is {self.limit}: unload another, or raise it"
             )
-        takes = copies * manifest.nbytes + workspace
+        largest = max((weight.nbytes for weight in manifest.weights), default=0)
+        largest = max((weight.nbytes for weight in manifest.weights), default=0)
+        takes, what = workspace, "its workspace"
+        if not placed:
+            takes += manifest.nbytes + largest
+            what = "its weights, the largest of them twice, and its workspace"
         if takes > (free := self.available()):
             raise NoMemoryError(
-                f"to load it takes {takes} bytes ({copies} copies of its weights, and its "
-                f"workspace), and {free} are available: unload another version, or give the server "
-                f"more memory"
+                f"to load it takes {takes} bytes ({what}), and {free} are available: unload "
+                f"another version, or give the server more memory"
             )
 
 

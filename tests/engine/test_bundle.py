@@ -166,6 +166,18 @@ def test_a_path_may_be_relative_and_a_str(own, monkeypatch):
     assert bundle.load(own.parent / "2").weights[0].tolist() == [1, 1, 1]
 
 
+def test_weights_are_read_when_asked_for_and_refused_if_written_over(tmp_path):
+    kept, changed = np.arange(3, dtype=np.int8), np.full((2, 5), 7, np.float32)
+    write_arrays(tmp_path / "1", {"kept": kept, "changed": changed})
+    loaded = bundle.load(tmp_path / "1")
+    assert loaded.weights[1] is not loaded.weights[1]
+    (file,) = (tmp_path / "1/weights/1").glob("[!.]*")
+    file.write_bytes(np.zeros_like(changed).tobytes())
+    assert loaded.weights[0].tolist() == [0, 1, 2]
+    with pytest.raises(bundle.BundleError, match="0 was written over while it was read"):
+        list(loaded.weights)
+
+
 def test_loading_writes_nothing_and_needs_no_right_to(own):
     everything = [own, *own.rglob("*")]
     before = {p: p.stat().st_mtime_ns for p in everything}

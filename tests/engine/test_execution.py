@@ -133,6 +133,14 @@ def test_bits_do_not_depend_on_the_batch(programs, alone, max_rows):
     check()
 
 
+def test_weights_that_were_set_aside_come_back(loaded, alone):
+    program = Program(loaded, max_rows=TILE)
+    assert_answers(program, alone, np.arange(TILE))
+    with program.set_aside(loaded):
+        pass
+    assert_answers(program, alone, np.arange(TILE))
+
+
 @pytest.mark.parametrize("max_rows", [100, 2 * TILE])
 def test_every_number_of_rows_is_answered(programs, alone, max_rows):
     rng = np.random.default_rng(2)
