@@ -8,6 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from aqt_cli.main import app
@@ -18,6 +19,7 @@ from aqt_engine.flax import AqtDotGeneral
 from aqt_engine.flax import nnx as aqt_nnx
 from aqt_engine.functions import quantize
 from aqt_engine.modes import CalibrationMode, QuantMode
+from aqt_engine.pretrained import TensorRule
 from aqt_engine.rules import Rule, Rules
 from aqt_engine.statistics import MeanOfAbsMaxCalibration
 
@@ -73,6 +75,16 @@ CHECKPOINTS = {
 }
 
 
+TENSORS = (
+    TensorRule(r"fc\.weight", "params/kernel", axes=(1, 0)),
+    TensorRule(r"fc\.bias", "params/bias"),
+)
+PUBLISHED = {
+    "fc.weight": np.ascontiguousarray(X[:6, :3].T),
+    "fc.bias": np.ones(3, np.float16),
+}
+
+
 def convert(folder, model, checkpoint, *options):
     np.savez(folder / "example.npz", inputs=X)
     command = ["convert", "--model", f"{__name__}:{model}", "--tile", "8", "--json"]
@@ -90,6 +102,37 @@ def test_each_kind_of_model_is_converted(tmp_path, model):
     result = convert(tmp_path, model, tmp_path / "checkpoint", *options)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["bundle_bytes"] < json.loads(result.stdout)["float_bytes"]
+
+
+@pytest.mark.slow
+def test_published_weights_are_read_by_the_table_of_the_model(tmp_path):
+    save_file(PUBLISHED, tmp_path / "model.safetensors")
+    result = convert(tmp_path, "linen", tmp_path)
+    assert result.exit_code == 0, result.output
+    # With the float16 bias widened as it was for conversion.
+    command = ["verify", str(tmp_path / "m" / "1"), "--model", f"{__name__}:linen", "--json"]
+    result = CliRunner().invoke(app, [*command, "--against", str(tmp_path / "model.safetensors")])
+    assert json.loads(result.stdout)["exact"], result.output
+    assert json.loads(result.stdout)["reference"] == "training"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({**PUBLISHED, "head.weight": np.ones(2)}, "head.weight has no rule"),
+        ({"fc.weight": PUBLISHED["fc.weight"]}, r"no tensor is named fc\.bias"),
+        (
+            {**PUBLISHED, "fc.bias": np.ones(4, np.float32)},
+            "params/bias is [3], and its tensor [4]",
+        ),
+    ],
+)
+def test_published_weights_of_another_model_are_refused_by_name(tmp_path, tensors, message):
+    save_file(tensors, tmp_path / "model.safetensors")
+    result = convert(tmp_path, "linen", tmp_path / "model.safetensors")
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
 
 
 def linen_in_float():

@@ -20,7 +20,7 @@ PAGES = sorted(
     + [ROOT / f / "README.md" for f in ("protos", "server")]
 )
 TUTORIAL = DOCS / "tutorial.md"
-ALONE = ["concepts.md", "how-to/quantize.md", "how-to/calibrate.md"]
+ALONE = ["concepts.md", "how-to/quantize.md", "how-to/calibrate.md", "how-to/pretrained.md"]
 AFTER_TUTORIAL = ["how-to/triton.md", "how-to/metrics.md", "how-to/canary.md"]
 READ = {TUTORIAL, *(DOCS / page for page in ALONE + AFTER_TUTORIAL)}
 # Their TOML is what a server reads: policies of models, or rules of who may do what.
@@ -82,6 +82,7 @@ def workspace(tmp_path_factory):
 @pytest.mark.parametrize("page", ALONE)
 def test_a_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     with Reader() as reader:
         for block in blocks(DOCS / page):
             reader.read(block)

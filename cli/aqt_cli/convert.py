@@ -26,7 +26,9 @@ def convert(
     checkpoint: Annotated[
         Path,
         typer.Option(
-            help="The Orbax checkpoint: variables, parameters, collections or a train state."
+            help="The Orbax checkpoint: variables, parameters, collections or a train state. Or "
+            "model.safetensors, its index, or the directory of either: then `TENSORS` in the "
+            "model's module says where each tensor belongs."
         ),
     ],
     example: Annotated[
@@ -105,18 +107,19 @@ def convert(
     from aqt_engine.config.serialization import SerializationError
     from aqt_engine.convert import ConversionError, calibrate
     from aqt_engine.convert import convert as convert_model
+    from aqt_engine.pretrained import PretrainedError
     from aqt_engine.rules import RuleError
     from aqt_engine.tiles import measured
 
     declared = signature.parse(shape or (), lengths or (), pad or (), per_request or ())
-    errors = (BundleError, CheckpointError, ConversionError, FileExistsError, OSError)
+    errors = (BundleError, CheckpointError, ConversionError, PretrainedError, OSError)
     progress = Console(stderr=True)
     with (
         as_sentence(*errors, RuleError, SerializationError),
         progress.status("Reading the checkpoint") as status,
     ):
-        factory, variables = load_model(model, checkpoint, rules)
         inputs = read_arrays(example)
+        factory, variables = load_model(model, checkpoint, rules, inputs)
 
         def show(stage: str) -> None:
             progress.print(f"  {stage}", style="dim")

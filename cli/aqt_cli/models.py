@@ -1,13 +1,18 @@
 """Models by name, with their variables from a checkpoint: whatever `aqt convert` takes."""
 
+import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from aqt_cli.sources import load_factory
+
+if TYPE_CHECKING:
+    from aqt_engine.pretrained import TensorRule
 
 EXPECTED = (
     "a function from a QuantMode to a linen module, a function of variables and named inputs to "
@@ -16,29 +21,62 @@ EXPECTED = (
 )
 
 
-def load_model(reference: str, checkpoint: Path, rules_file: Path | None = None) -> tuple[Any, Any]:
+_TABLE = "TENSORS"
+
+
+def load_model(
+    reference: str,
+    checkpoint: Path,
+    rules_file: Path | None = None,
+    example: Mapping[str, Any] | None = None,
+) -> tuple[Any, Any]:
     """What `reference`, "package.module:name", names, as `convert` takes it, and its variables.
 
     With `rules_file`, a model in float is quantized by the rules in it; in a linen model that has
     AQT modules, they replace the configurations of those.
 
+    A checkpoint in safetensors is read by the table `TENSORS` in the module of the model. With an
+    `example`, the variables of a linen model have to be the ones that it has for such inputs.
+
     Raises:
       typer.BadParameter: there is no such thing, or it is none of `EXPECTED`.
       SerializationError: the file holds no rules.
-      CheckpointError, ConversionError: the checkpoint cannot be read, or is not of this model.
+      CheckpointError, PretrainedError, ConversionError: the checkpoint cannot be read, or is not of
+        this model.
     """
     # Commands that need no JAX must start without it.
     import flax.linen as nn
+    import jax
     from flax import nnx
 
-    from aqt_engine import flax, functions
-    from aqt_engine.checkpoint import load_tree, load_variables
+    from aqt_engine import checkpoint as orbax
+    from aqt_engine import flax, functions, pretrained
     from aqt_engine.convert import Function
     from aqt_engine.convertible import Convertible
     from aqt_engine.flax import nnx as aqt_nnx
     from aqt_engine.flax.overriding import overridden
     from aqt_engine.modes import QuantMode
     from aqt_engine.rules import Rules
+
+    def load_tree(path: Path) -> Any:
+        if not pretrained.is_safetensors(path):
+            return orbax.load_tree(path)
+        return pretrained.load(path, _table(reference))
+
+    def load_variables(path: Path, module: nn.Module) -> Any:
+        if not pretrained.is_safetensors(path):
+            return orbax.load_variables(path)
+        expected: Any = None
+        if example is not None:
+            init = functools.partial(module.init, **dict(example))
+            made = jax.eval_shape(init, jax.random.key(0))
+            # What conversion and calibration make is in no file.
+            expected = {k: nn.meta.unbox(made[k]) for k in made if not k.startswith("aqt")}
+        if (table := _table(reference)) is not None:
+            return pretrained.load(path, table, expected)
+        # As Flax itself names parameters.
+        params = None if expected is None else expected["params"]
+        return {"params": pretrained.load(path, None, params)}
 
     rules = None if rules_file is None else Rules.from_json(rules_file.read_text())
     named = load_factory(reference)
@@ -66,8 +104,13 @@ def load_model(reference: str, checkpoint: Path, rules_file: Path | None = None)
             raise _unexpected(reference, "gives a linen module for no mode")
         if rules is not None:
             named = overridden(named, rules) if takes_mode else flax.quantize(made, rules)
-        return named, load_variables(checkpoint)
+        return named, load_variables(checkpoint, made)
     raise _unexpected(reference, f"gives an object of type {type(made).__name__}")
+
+
+def _table(reference: str) -> "Sequence[TensorRule] | None":
+    """The table in the module of the model, which was imported for it."""
+    return getattr(sys.modules[reference.partition(":")[0]], _TABLE, None)
 
 
 def _parameters(named: Callable[..., Any]) -> tuple[int, int, bool]:

@@ -110,15 +110,15 @@ def report(
     widths = sorted({*(bits or (4,)), *((8,) if budget else ())}, reverse=True)
     errors = (BudgetError, CheckpointError, RuleError, OSError, ValueError)
     with as_sentence(*errors), Progress(console=Console(stderr=True)) as progress:
-        factory, variables = load_model(model, checkpoint, rules)
+        inputs = read_arrays(data)
+        score = _score(inputs, labels, classes)
+        factory, variables = load_model(model, checkpoint, rules, inputs)
         if not isinstance(factory, FunctionType):
             raise typer.BadParameter(
                 f"{model!r} is no linen model, and a report is made of the layers of one: give a "
                 f"function from a QuantMode to a linen module",
                 param_hint="--model",
             )
-        inputs = read_arrays(data)
-        score = _score(inputs, labels, classes)
         task = progress.add_task("Observing", total=None)
         contractions = observe(factory, variables, batches(inputs))
         tried = {name: array[:_TRIED_ROWS] for name, array in inputs.items()}

@@ -60,17 +60,18 @@ def verify(
     from aqt_engine.checkpoint import CheckpointError
     from aqt_engine.convert import ConversionError
     from aqt_engine.execution import Program
+    from aqt_engine.pretrained import PretrainedError
 
     if (against is None) != (model is None):
         raise typer.BadParameter("--against and --model need each other, and one is missing")
     divergence = None
-    with as_sentence(BundleError, CheckpointError, ConversionError, OSError):
+    with as_sentence(BundleError, CheckpointError, ConversionError, PretrainedError, OSError):
         loaded = load(bundle)
         program = Program(loaded, max_rows=rows)
         trained = None
         reference = proof.tile_by_tile(loaded)
         if against is not None and model is not None:
-            trained = _Trained.read(against, model, calibration)
+            trained = _Trained.read(against, model, calibration, loaded)
             reference = trained.reference(loaded)
         verdicts = _tried(program, loaded, reference, seed)
         exact = all(verdict.exact for verdict in verdicts.values())
@@ -108,13 +109,16 @@ class _Trained:
     variables: Any
 
     @classmethod
-    def read(cls, checkpoint: Path, reference: str, calibration: Path | None) -> "_Trained":
+    def read(
+        cls, checkpoint: Path, reference: str, calibration: Path | None, loaded: "Bundle"
+    ) -> "_Trained":
         import jax
         import jax.numpy as jnp
 
         from aqt_engine.convert import as_convertible, calibrate
 
-        named, variables = load_model(reference, checkpoint)
+        example = loaded.witness.inputs
+        named, variables = load_model(reference, checkpoint, example=example)
         model = as_convertible(named)
         if calibration is not None:
             variables = calibrate(model, variables, batches(read_arrays(calibration)))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from aqt_engine import QuantMode, config
 from aqt_engine.calibration import MseCalibration
 from aqt_engine.flax import AqtDotGeneral
+from aqt_engine.pretrained import TensorRule
 from aqt_engine.statistics import MeanOfAbsMaxCalibration
 
 VOCABULARY = 30522
@@ -22,6 +23,44 @@ WIDTH = 384
 HIDDEN = 1536
 EPSILON = 1e-12
 _INT8 = config.fully_quantized(fwd_bits=8, bwd_bits=None)
+_LAYER = r"encoder\.layer\.(\d+)\."
+
+
+def _dense(tensor: str, place: str) -> tuple[TensorRule, ...]:
+    """A matrix, which PyTorch keeps as (outputs, inputs), and its bias."""
+    return (
+        TensorRule(rf"{tensor}\.weight", f"params/{place}/kernel", axes=(1, 0)),
+        TensorRule(rf"{tensor}\.bias", f"params/{place}/bias"),
+    )
+
+
+def _normalization(tensor: str, place: str) -> tuple[TensorRule, ...]:
+    return (
+        TensorRule(rf"{tensor}\.weight", f"params/{place}/scale"),
+        TensorRule(rf"{tensor}\.bias", f"params/{place}/bias"),
+    )
+
+
+TENSORS = (
+    *(
+        TensorRule(rf"embeddings\.{tensor}_embeddings\.weight", f"params/{place}/embedding")
+        for tensor, place in (
+            ("word", "words"),
+            ("position", "positions"),
+            ("token_type", "segments"),
+        )
+    ),
+    *_normalization(r"embeddings\.LayerNorm", "norm"),
+    *_dense(rf"{_LAYER}attention\.self\.(query|key|value)", r"layer_\1/\2"),
+    *_dense(rf"{_LAYER}attention\.output\.dense", r"layer_\1/out"),
+    *_normalization(rf"{_LAYER}attention\.output\.LayerNorm", r"layer_\1/attention_norm"),
+    *_dense(rf"{_LAYER}intermediate\.dense", r"layer_\1/up"),
+    *_dense(rf"{_LAYER}output\.dense", r"layer_\1/down"),
+    *_normalization(rf"{_LAYER}output\.LayerNorm", r"layer_\1/output_norm"),
+    # What BERT was trained with and this encoder does not end in, and a count from 0 on.
+    TensorRule(r"pooler\..*|embeddings\.position_ids", None),
+)
+"""Where each tensor of the published file belongs."""
 
 
 class Encoder(nn.Module):
