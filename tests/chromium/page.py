@@ -24,6 +24,8 @@ from server_process import WAIT_S, serving
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "out" / "page"
+# Its set-up trains a model and starts a browser, and a machine may have other work.
+pytestmark = pytest.mark.timeout(900)
 MARKUP = "<img src=x onerror=alert(1)>"
 TOKEN = "token-of-the-reader-1234"
 expect.set_options(timeout=WAIT_S * 1e3)

@@ -6,6 +6,7 @@ import threading
 from concurrent import futures
 
 import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from aqt_protos import open_inference_pb2 as pb
 from aqt_protos import open_inference_pb2_grpc as pb_grpc
@@ -26,9 +27,12 @@ class Call:
 
 
 class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
-    """`script` says what happens to the next calls: HANG, or (status code, sentence, *metadata)."""
+    """`script` says what happens to the next calls: HANG, or (status code, sentence, *metadata).
 
-    def __init__(self, *, port=0, max_request_nbytes=-1, credentials=None):
+    One that is not `serving` says so to those who ask for its health, and answers all the same.
+    """
+
+    def __init__(self, *, port=0, max_request_nbytes=-1, credentials=None, serving=True):
         self.calls = []
         self.script = collections.deque()
         self.abandoned = threading.Event()
@@ -43,6 +47,10 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
         ]
         self._server = grpc.server(self._pool, options=options)
         pb_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
+        if not serving:
+            servicer = health.HealthServicer()
+            servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+            health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
         address = f"127.0.0.1:{port}"
         self.port = (
             self._server.add_insecure_port(address)

@@ -53,6 +53,15 @@ def test_calls_go_round(connect):
         assert (len(one.calls), len(other.calls)) == (before[0] + 3, before[1] + 3)
 
 
+@BOTH
+def test_a_server_that_loads_or_stops_gets_no_call(connect):
+    with FakeServer() as one, FakeServer(serving=False) as other:
+        with connect([one.address, other.address]) as client:
+            for _ in range(20):
+                assert client.is_live()
+        assert (len(one.calls), len(other.calls)) == (20, 0)
+
+
 @pytest.mark.slow
 def test_a_server_that_is_killed_under_load_fails_no_call(tmp_path):
     root = tmp_path / "repository"

@@ -312,6 +312,12 @@ def test_calls_go_round(run):
     assert taken[0] >= 50  # at first one of them may not be connected yet
 
 
+def test_a_server_that_loads_or_stops_gets_no_call(run):
+    with FakeServer() as one, FakeServer(serving=False) as other:
+        run("turns", one.address, other.address, calls=20)
+        assert (len(one.calls), len(other.calls)) == (20, 0)
+
+
 def test_tls_and_who_calls_by_their_certificate(run, repository, asked, tmp_path):
     authority = Authority()
     for name, signer in (("server", authority), ("client", authority), ("stranger", Authority())):

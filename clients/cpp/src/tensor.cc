@@ -1,5 +1,6 @@
 #include "aqt_client/tensor.h"
 
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <stdexcept>
@@ -60,29 +61,21 @@ std::size_t count_of(const Shape& shape) {
   return count;
 }
 
-Input::Input(std::string name, Shape shape, Datatype datatype, std::size_t count,
-             std::span<const std::byte> raw)
-    : name_(std::move(name)), shape_(std::move(shape)), datatype_(datatype), elements_(raw) {
-  check(count);
-}
-
-Input::Input(std::string name, Shape shape, std::vector<std::string_view> texts)
-    : name_(std::move(name)), shape_(std::move(shape)), datatype_(Datatype::kBytes) {
-  check(texts.size());
-  for (std::string_view text : texts) {
-    if (text.size() > std::numeric_limits<std::uint32_t>::max()) {
-      throw std::invalid_argument("an element of input '" + name_ + "' has 4 GiB or more: split it");
-    }
-  }
-  elements_ = std::move(texts);
-}
-
-void Input::check(std::size_t count) const {
-  const std::size_t expected = count_of(shape_);
-  if (count != expected) {
+Input::Input(std::string name, Shape shape, Datatype datatype, Held elements, std::size_t count)
+    : name_(std::move(name)),
+      shape_(std::move(shape)),
+      datatype_(datatype),
+      elements_(std::move(elements)) {
+  if (const std::size_t expected = count_of(shape_); count != expected) {
     throw std::invalid_argument("input '" + name_ + "' of shape " + text_of(shape_) + " takes " +
                                 std::to_string(expected) + " elements, got " +
                                 std::to_string(count));
+  }
+  const auto* texts = std::get_if<std::vector<std::string_view>>(&elements_);
+  if (texts && std::ranges::any_of(*texts, [](std::string_view text) {
+        return text.size() > std::numeric_limits<std::uint32_t>::max();
+      })) {
+    throw std::invalid_argument("an element of input '" + name_ + "' has 4 GiB or more: split it");
   }
 }
 

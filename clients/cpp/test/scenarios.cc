@@ -3,6 +3,7 @@
 #include <aqt_client/client.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -19,6 +20,18 @@ using namespace std::chrono_literals;
 namespace ac = aqt_client;
 
 namespace {
+
+// What an input is a view of outlives it: a temporary is none, nor what has no elements in memory.
+template <class... R>
+constexpr bool kSendable = (std::is_constructible_v<ac::Input, std::string, ac::Shape, R> && ...);
+static_assert(kSendable<std::vector<float>&, const std::vector<ac::Bf16>&, std::span<const bool>,
+                        double (&)[3], std::array<std::uint8_t, 2>&>);
+static_assert(kSendable<std::vector<std::string>&, std::vector<std::string_view>&,
+                        const char* (&)[2], std::span<const std::string>>);
+static_assert(!kSendable<std::vector<float>>);
+static_assert(!kSendable<std::vector<std::string>>);
+static_assert(!kSendable<std::vector<bool>&>);
+static_assert(!kSendable<std::vector<char>&>);
 
 std::map<std::string, std::string> given;
 

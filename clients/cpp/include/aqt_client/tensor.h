@@ -64,9 +64,12 @@ template <class R>
 concept Elements = std::ranges::contiguous_range<R> && std::ranges::sized_range<R> &&
                    std::ranges::borrowed_range<R> && Element<std::ranges::range_value_t<R>>;
 
+// Strings of any kind that lie somewhere, or views of them.
 template <class R>
 concept Texts = std::ranges::forward_range<R> && std::ranges::borrowed_range<R> &&
-                std::convertible_to<std::ranges::range_reference_t<R>, std::string_view>;
+                std::convertible_to<std::ranges::range_reference_t<R>, std::string_view> &&
+                (std::is_lvalue_reference_v<std::ranges::range_reference_t<R>> ||
+                 std::same_as<std::ranges::range_value_t<R>, std::string_view>);
 
 // Sizes in elements, the batch dimension first.
 using Shape = std::vector<std::int64_t>;
@@ -79,15 +82,14 @@ class Input {
   template <Elements R>
   Input(std::string name, Shape shape, R&& elements)
       : Input(std::move(name), std::move(shape), DatatypeOf<std::ranges::range_value_t<R>>::value,
-              std::ranges::size(elements),
-              std::as_bytes(std::span(std::ranges::data(elements), std::ranges::size(elements)))) {}
+              std::as_bytes(std::span(std::ranges::data(elements), std::ranges::size(elements))),
+              std::ranges::size(elements)) {}
 
   // The same for BYTES.
   template <Texts R>
   Input(std::string name, Shape shape, R&& elements)
-      : Input(std::move(name), std::move(shape),
-              std::vector<std::string_view>(std::ranges::begin(elements),
-                                            std::ranges::end(elements))) {}
+      : Input(std::move(name), std::move(shape), Datatype::kBytes, views_of(elements),
+              static_cast<std::size_t>(std::ranges::distance(elements))) {}
 
   const std::string& name() const { return name_; }
   const Shape& shape() const { return shape_; }
@@ -96,15 +98,20 @@ class Input {
   void append_raw(std::string& out) const;
 
  private:
-  Input(std::string name, Shape shape, Datatype datatype, std::size_t count,
-        std::span<const std::byte> raw);
-  Input(std::string name, Shape shape, std::vector<std::string_view> texts);
-  void check(std::size_t count) const;
+  using Held = std::variant<std::span<const std::byte>, std::vector<std::string_view>>;
+
+  Input(std::string name, Shape shape, Datatype datatype, Held elements, std::size_t count);
+
+  static std::vector<std::string_view> views_of(auto&& texts) {
+    std::vector<std::string_view> views;
+    for (std::string_view text : texts) views.push_back(text);
+    return views;
+  }
 
   std::string name_;
   Shape shape_;
   Datatype datatype_;
-  std::variant<std::span<const std::byte>, std::vector<std::string_view>> elements_;
+  Held elements_;
 };
 
 // A tensor of an answer. It shares the answer's memory and keeps it, and so does a copy.
