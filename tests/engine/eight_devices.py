@@ -31,9 +31,7 @@ def differing(program, alone):
     return values
 
 
-def sharded(path):
-    loaded = bundle.load(path)
-    alone = Program(loaded, max_rows=MAX_ROWS)
+def sharded(loaded, alone):
     for copies, shards in LAYOUTS:
         layout = Layout(copies=copies, shards=shards)
         program = Program(loaded, max_rows=MAX_ROWS, layout=layout)
@@ -52,16 +50,17 @@ def sharded(path):
         }
 
 
-def left_to_the_partitioner(path):
+def left_to_the_partitioner(loaded, alone):
     """What differs over eight shards if the partitioner is told nothing."""
-    loaded = bundle.load(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(execution, "replicating", lambda graph, layout: graph)
         program = Program(loaded, max_rows=MAX_ROWS, layout=Layout(shards=8))
-    return differing(program, Program(loaded, max_rows=MAX_ROWS))
+    return differing(program, alone)
 
 
 if __name__ == "__main__":
     assert len(jax.devices()) == 8
-    path = Path(sys.argv[1])
-    print(json.dumps({"sharded": list(sharded(path)), "left": left_to_the_partitioner(path)}))
+    loaded = bundle.load(Path(sys.argv[1]))
+    alone = Program(loaded, max_rows=MAX_ROWS)
+    told = {"sharded": list(sharded(loaded, alone)), "left": left_to_the_partitioner(loaded, alone)}
+    print(json.dumps(told))

@@ -32,7 +32,7 @@ def told(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("bundle") / "normalized" / "1"
     x = np.random.default_rng(0).normal(size=(32, 64)).astype(np.float32)
-    variables = normalized().init(jax.random.key(0), x)
+    variables = jax.jit(normalized().init)(jax.random.key(0), x)
     convert.convert(normalized, variables, {"inputs": x}, path, tile=8)
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, Path(__file__).parent / "eight_devices.py", path]
