@@ -1,17 +1,21 @@
-"""Servers forked from one process that has imported what they import: most of a start is that.
+"""`aqt` forked from one process that has imported what it imports: most of a start is that.
 
-A test worker has one such process. What a server does from there on is what `aqt serve` does, in a
-process of its own; tests of the start itself use the command.
+A test worker has one such process. What a server or another command does from there on is what
+`aqt` does, in a process of its own; tests of the start itself use the command.
 """
 
 import functools
 import multiprocessing
 import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+
+ENDS_S = 120
 
 
 @functools.cache
@@ -27,9 +31,10 @@ def _context() -> ForkServerContext:
 class Forked:
     """As much of `subprocess.Popen` as tests use, with a pipe for its output, stderr in `log`."""
 
-    def __init__(self, arguments: Sequence[str], log: Path):
+    def __init__(self, arguments: Sequence[str], log: Path, **variables: str):
         receiver, sender = _context().Pipe(duplex=False)
-        told = (arguments, Path.cwd(), dict(os.environ), sender, log.absolute())
+        environment = {**os.environ, **variables}
+        told = (arguments, Path.cwd(), environment, sender, log.absolute())
         self._process = _context().Process(target=_aqt, args=told)
         self._process.start()
         sender.close()
@@ -47,7 +52,7 @@ class Forked:
     def wait(self, timeout: float) -> int:
         self._process.join(timeout)
         code = self.poll()
-        assert code is not None, f"the server still runs after {timeout} s"
+        assert code is not None, f"it still runs after {timeout} s"
         return code
 
     def send_signal(self, number: int) -> None:
@@ -56,6 +61,21 @@ class Forked:
 
     def kill(self) -> None:
         self._process.kill()
+
+
+def aqt(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """What the command says with these arguments, and how it ends."""
+    words = [str(argument) for argument in arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "stderr"
+        process = Forked(words, log, **variables)
+        try:
+            with process.stdout as stream:
+                out = stream.read()
+            code = process.wait(ENDS_S)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(words, code, out, log.read_text())
 
 
 def _aqt(

@@ -1,35 +1,30 @@
 """The main job: train, convert by command, serve, and ask with two kinds of clients at once."""
 
 import concurrent.futures
+import functools
 import json
-import subprocess
 
 import jax
 import numpy as np
 import pytest
 import tritonclient.grpc as stock
 
+import forked
 from aqt_client import Client
 from aqt_engine import QuantMode
+from bundles import write_linear
 from engine.contractions import assert_same_bits
 from examples.digits.demo import training_forward
 from examples.digits.model import int8_model
 from examples.digits.train import split_digits, train
 from examples.pipeline import save
-from server_process import AQT, WAIT_S, environment, serving
+from server_process import WAIT_S, serving
 
 pytestmark = pytest.mark.slow
 
 
-def aqt(*arguments):
-    return subprocess.run(
-        [AQT, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        # Wide enough that tables do not fold the names that are looked for.
-        env=environment(COLUMNS="200"),
-    )
+# Wide enough that tables do not fold the names that are looked for.
+aqt = functools.partial(forked.aqt, COLUMNS="200")
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +46,15 @@ def digits(tmp_path_factory):
     return variables, held_out.images, root
 
 
-def test_no_held_out_digit_differs_in_any_bit(digits, tmp_path):
-    variables, images, root = digits
+@pytest.fixture(scope="module")
+def server(digits, tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(digits[2] / "repository", log=log) as running:
+        yield running
+
+
+def test_no_held_out_digit_differs_in_any_bit(digits, server):
+    variables, images, _ = digits
     expected = training_forward(variables, images, tile=16)
 
     def ours(seed):
@@ -80,10 +82,7 @@ def test_no_held_out_digit_differs_in_any_bit(digits, tmp_path):
         for name, array in expected.items():
             assert_same_bits(found[name], array[pick])
 
-    with (
-        serving(root / "repository", log=tmp_path / "log", forked=False) as server,
-        concurrent.futures.ThreadPoolExecutor(8) as pool,
-    ):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
         jobs = [pool.submit(client, seed) for seed in range(4) for client in (ours, theirs)]
         for job in jobs:
             job.result(WAIT_S)
@@ -98,7 +97,7 @@ def test_plain_batching_would_not_be_exact(digits):
     assert (np.asarray(whole).view(np.uint32) != tiled.view(np.uint32)).any()
 
 
-def test_inspect_verify_and_predict_read_well_and_as_json(digits, tmp_path):
+def test_inspect_verify_and_predict_read_well_and_as_json(digits, server, tmp_path):
     _, images, root = digits
     path = root / "repository" / "digits" / "1"
     assert "AqtEinsum_0" in aqt("inspect", path).stdout
@@ -113,23 +112,20 @@ def test_inspect_verify_and_predict_read_well_and_as_json(digits, tmp_path):
     verified = aqt("verify", path, "--json")
     assert verified.returncode == 0
     assert json.loads(verified.stdout)["exact"]
-    assert "answers here what was trained" in aqt("verify", path).stdout
 
     np.savez(tmp_path / "one.npz", image=images[:3])
-    with serving(root / "repository", log=tmp_path / "log") as server:
-        arguments = ("predict", "digits", "--inputs", tmp_path / "one.npz")
-        shown = aqt(*arguments, "--server", server.address)
-        assert shown.returncode == 0, shown.stderr
-        assert "logits" in shown.stdout
-        answer = json.loads(aqt(*arguments, "--server", server.address, "--json").stdout)
-    assert answer["exact"] is True
+    arguments = ("predict", "digits", "--inputs", tmp_path / "one.npz", "--server", server.address)
+    shown = aqt(*arguments)
+    assert shown.returncode == 0, shown.stderr
+    assert "logits" in shown.stdout
+    assert json.loads(aqt(*arguments, "--json").stdout)["exact"] is True
 
 
 def test_verify_says_what_differs(tmp_path):
-    from bundles import write_linear
-
-    write_linear(tmp_path / "m" / "1", wrong_witness=True)
-    result = aqt("verify", tmp_path / "m" / "1")
+    write_linear(tmp_path / "right" / "1")
+    write_linear(tmp_path / "wrong" / "1", wrong_witness=True)
+    assert "answers here what was trained" in aqt("verify", tmp_path / "right" / "1").stdout
+    result = aqt("verify", tmp_path / "wrong" / "1")
     assert result.returncode == 1
     assert "not exact" in result.stdout
     result = aqt("verify", tmp_path / "nowhere")

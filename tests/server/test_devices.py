@@ -1,14 +1,13 @@
 """A server that computes on several devices, which XLA makes of one processor."""
 
-import subprocess
-
 import numpy as np
 import pytest
 
+import forked
 from aqt_client import Client
 from aqt_server import configuration
 from bundles import FEATURES, reference, write_linear
-from server_process import AQT, WAIT_S, environment, serving
+from server_process import serving
 
 EIGHT = "--xla_force_host_platform_device_count=8"
 
@@ -33,10 +32,8 @@ def test_copies_and_shards_answer_in_the_bits_of_one_device(tmp_path, monkeypatc
 @pytest.mark.slow
 def test_more_devices_than_there_are_end_the_start(tmp_path):
     (tmp_path / "repository").mkdir()
-    command = [AQT, "serve", "--model-repository", tmp_path / "repository", "--shards", "9"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=WAIT_S, env=environment(XLA_FLAGS=EIGHT)
-    )
+    flags = ("--model-repository", tmp_path / "repository", "--shards", "9")
+    done = forked.aqt("serve", *flags, XLA_FLAGS=EIGHT)
     assert done.returncode == 1
     assert "1 copies of 9 shards take 9 devices, and there are 8" in done.stderr
 

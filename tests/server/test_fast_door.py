@@ -1,7 +1,6 @@
 """The fast door answers as the other door of gRPC does, to stock clients and under load."""
 
 import asyncio
-import subprocess
 import time
 
 import grpc
@@ -10,6 +9,7 @@ import pytest
 import tritonclient.grpc as stock
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import forked
 from aqt_client import AsyncClient, Client
 from aqt_protos import SERVICE_NAME
 from aqt_protos import open_inference_pb2 as pb
@@ -17,7 +17,7 @@ from aqt_protos import open_inference_pb2_grpc as pb_grpc
 from bundles import reference, write_linear
 from compiled_door import compiled_door
 from server.messages import MODEL, raises_status, request_of, stock_input, x_of
-from server_process import AQT, WAIT_S, serving
+from server_process import WAIT_S, serving
 
 pytestmark = pytest.mark.slow
 
@@ -162,8 +162,7 @@ def test_tokens_are_asked_for_and_how_often_is_limited(repository, tmp_path):
 def test_a_taken_port_is_an_error(repository, server):
     taken = server.fast_address.rpartition(":")[2]
     flags = ("--port", "0", "--metrics-port", "-1", "--fast-port", taken)
-    command = [AQT, "serve", "--model-repository", repository, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S)
+    done = forked.aqt("serve", "--model-repository", repository, *flags)
     assert done.returncode
     assert f"cannot listen on 127.0.0.1:{taken}" in done.stderr
 

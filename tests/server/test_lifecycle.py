@@ -1,15 +1,15 @@
 """Start, stop and load of a real server process."""
 
 import concurrent.futures
-import subprocess
 import threading
 
 import numpy as np
 import pytest
 
+import forked
 from aqt_client import Client, ClientError, RetryPolicy
 from bundles import FEATURES, reference, write_linear
-from server_process import AQT, WAIT_S, environment, serving
+from server_process import WAIT_S, serving
 
 pytestmark = pytest.mark.slow
 
@@ -115,23 +115,21 @@ def test_wrong_settings_name_themselves(tmp_path):
     load = ("--model-repository", str(tmp_path), "--load-model", "m")
     assert "--load-model needs --model-control explicit, and it is poll" in _fail(*load)
     assert "--load-model m is not in" in _fail(*load, "--model-control", "explicit")
-    assert "AQT_PORT is wrong (got '70000')" in _fail(env=environment(AQT_PORT="70000"))
+    assert "AQT_PORT is wrong (got '70000')" in _fail(AQT_PORT="70000")
 
 
 def test_the_command_shows_its_settings():
     def shown(*flags):
-        return subprocess.run(
-            [AQT, "serve", *flags], capture_output=True, text=True, timeout=WAIT_S, check=True
-        ).stdout
+        done = forked.aqt("serve", *flags)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     assert "--max-batch-rows ROWS" in shown("--help")
     assert "port = 7  # --port" in shown("--model-repository", "x", "--port", "7", "--print-config")
 
 
-def _fail(*flags, env=None):
-    result = subprocess.run(
-        [AQT, "serve", *flags], capture_output=True, text=True, timeout=WAIT_S, env=env
-    )
+def _fail(*flags, **variables):
+    result = forked.aqt("serve", *flags, **variables)
     assert result.returncode != 0
     assert "Traceback" not in result.stderr
     return result.stderr

@@ -3,7 +3,6 @@
 import re
 import socket
 import ssl
-import subprocess
 import urllib.error
 import urllib.request
 
@@ -15,13 +14,14 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 
+import forked
 from aqt_protos import open_inference_pb2 as pb
 from aqt_protos import open_inference_pb2_grpc as pb_grpc
 from bundles import reference, write_linear
 from engine.contractions import assert_same_bits
 from server.certificates import Authority
 from server.messages import MODEL, raises_status, request_of, stock_input, x_of
-from server_process import AQT, WAIT_S, eventually, serving
+from server_process import WAIT_S, eventually, serving
 
 pytestmark = pytest.mark.slow
 
@@ -292,8 +292,7 @@ def test_regions_of_shared_memory_are_seen_by_who_registered_them(repository, fi
 )
 def test_files_that_cannot_be_used_end_the_start(repository, files, tmp_path, wrong, match):
     directory, _ = files
-    command = [AQT, "serve", "--model-repository", repository, *flags(directory, **wrong)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S)
+    ended = forked.aqt("serve", "--model-repository", repository, *flags(directory, **wrong))
     assert ended.returncode == 1
     assert re.search(match, ended.stderr)
     assert "Traceback" not in ended.stderr

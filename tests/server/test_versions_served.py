@@ -2,20 +2,20 @@
 
 import concurrent.futures
 import shutil
-import subprocess
 import threading
 
 import numpy as np
 import pytest
 import tritonclient.grpc as stock
 
+import forked
 from aqt_client import Client, ClientError, RetryPolicy
 from bundles import reference, write_linear
 from engine.contractions import assert_same_bits
 from server.messages import MODEL, raises_status, stock_input, x_of
 from server.test_model_control import damage, index
 from server.test_statistics import scrape
-from server_process import AQT, WAIT_S, eventually, serving
+from server_process import WAIT_S, eventually, serving
 
 pytestmark = pytest.mark.slow
 
@@ -211,8 +211,7 @@ def test_a_version_that_is_refused_leaves_the_old_one_serving_and_does_not_flap(
 def test_a_file_that_cannot_be_used_ends_the_start(root, tmp_path):
     file = tmp_path / "policies.toml"
     file.write_text(f"[{MODEL}]\nsplit = {{stable = 1}}\n")
-    command = [AQT, "serve", "--model-repository", root, "--model-policies", file]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S)
+    result = forked.aqt("serve", "--model-repository", root, "--model-policies", file)
     assert result.returncode != 0
     assert "split has 'stable', which is no alias and no version" in result.stderr
     assert "Traceback" not in result.stderr
