@@ -69,6 +69,7 @@ class Encoder(nn.Module):
     config: config.DotGeneral | None
     quant_mode: QuantMode = QuantMode.TRAIN
     activation_mode: QuantMode = QuantMode.TRAIN
+    layers: int = LAYERS
 
     @nn.compact
     def __call__(self, input_ids: jax.Array, attention_mask: jax.Array) -> dict[str, jax.Array]:
@@ -78,7 +79,7 @@ class Encoder(nn.Module):
         # The second segment's embedding is for pairs of sentences; here there is only the first.
         x += nn.Embed(2, WIDTH, name="segments")(jnp.zeros_like(input_ids))
         x = _norm("norm")(x)
-        for layer in range(LAYERS):
+        for layer in range(self.layers):
             x = self.block(layer)(x, present)
         weights = present[..., None].astype(x.dtype)
         mean = (x * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1e-9)

@@ -3,17 +3,22 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
+import forked
 from aqt_client import Client
 from aqt_engine import bundle
 from examples import zoo
+from examples.entry import Model
 from server_process import serving
 
 
-def assert_served_exactly(names: list[str], root: Path) -> None:
+def assert_served_exactly(models: Sequence[Model], root: Path) -> None:
     """Models with their fast weights answer from a server process as R does, row by row."""
-    models = [zoo.MODELS[name] for name in names]
-    references = [zoo.make(model, root, fast=True) for model in models]
-    flags = ("--proof-s", "0", "--max-batch-rows", "64")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zoo, "aqt", _aqt)
+        references = [zoo.make(model, root, fast=True) for model in models]
+    flags = ("--proof-s", "0", "--max-batch-rows", "32")
     with (
         serving(root / "repository", *flags, log=root / "log") as server,
         Client(server.address, timeout_s=120) as client,
@@ -23,6 +28,11 @@ def assert_served_exactly(names: list[str], root: Path) -> None:
             values, differ = zoo.compare(model, reference, client)
             assert values > 0
             assert differ == 0, model.name
+
+
+def _aqt(*arguments: str | Path) -> None:
+    done = forked.aqt(*arguments)
+    assert done.returncode == 0, done.stderr
 
 
 def assert_no_float_copy(path: Path, *, quantized: int, floats: Sequence[str] = ()) -> None:

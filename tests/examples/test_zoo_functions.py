@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.long
 def test_served_exactly_without_a_float_copy(tmp_path):
-    assert_served_exactly(["digits_nnx_int8", "search_int8"], tmp_path)
+    assert_served_exactly([zoo.MODELS["digits_nnx_int8"], zoo.MODELS["search_int8"]], tmp_path)
     repository = tmp_path / "repository"
     assert_no_float_copy(repository / "digits_nnx_int8" / "1", quantized=3)
     assert_no_float_copy(repository / "search_int8" / "1", quantized=1)

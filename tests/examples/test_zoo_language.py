@@ -8,6 +8,7 @@ from examples.entry import forward_of
 from examples.language.model import float_model
 from examples.language.train import initial, split_text, windows
 from examples.serving_the_zoo import assert_no_float_copy, assert_served_exactly
+from examples.zoo import MODELS
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +32,7 @@ def test_a_score_is_of_the_bytes_before_the_padding():
 
 @pytest.mark.long
 def test_served_exactly_at_any_length_without_a_float_copy(tmp_path):
-    assert_served_exactly(["language_int8"], tmp_path)
+    assert_served_exactly([MODELS["language_int8"]], tmp_path)
     assert_no_float_copy(
         tmp_path / "repository" / "language_int8" / "1",
         quantized=3 * 4 + 1,

@@ -1,15 +1,19 @@
 """MiniLM of the zoo: it is the published encoder, and its int8 form is served in every bit."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from scipy.special import erf, softmax
 
 from aqt_engine import QuantMode
+from examples import first_layers
 from examples.entry import forward_of
 from examples.sentences import model, weights
 from examples.sentences.text import sentences, tokenize
 from examples.serving_the_zoo import assert_no_float_copy, assert_served_exactly
+from examples.zoo import MODELS
 
 pytestmark = pytest.mark.slow
 
@@ -57,10 +61,23 @@ def test_the_float_model_is_the_published_one():
     np.testing.assert_allclose(forward(tokens)["embedding"], reference(**tokens), atol=2e-6)
 
 
-def test_served_exactly_at_any_length_without_a_float_copy(tmp_path):
-    assert_served_exactly(["minilm_static_int8"], tmp_path)
+WHOLE = MODELS["minilm_static_int8"]
+FIRST = dataclasses.replace(
+    WHOLE, factory="examples.first_layers:static_int8_model", variables=first_layers.variables
+)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "layers"),
+    [
+        pytest.param(FIRST.with_lengths(16, 24), first_layers.LAYERS, id="first layers"),
+        pytest.param(WHOLE, model.LAYERS, id="whole", marks=pytest.mark.long),
+    ],
+)
+def test_served_exactly_at_any_length_without_a_float_copy(encoder, layers, tmp_path):
+    assert_served_exactly([encoder], tmp_path)
     assert_no_float_copy(
-        tmp_path / "repository" / "minilm_static_int8" / "1",
-        quantized=6 * 6,
+        tmp_path / "repository" / encoder.name / "1",
+        quantized=6 * layers,
         floats=[f"{name}/embedding" for name in ("positions", "segments", "words")],
     )
