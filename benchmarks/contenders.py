@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from aqt_client import Client, ClientError
+from benchmarks.mortal import mortal
 
 READY_S = 120
 Arrays = Mapping[str, np.ndarray]
@@ -52,7 +53,7 @@ class Running:
 
 @contextlib.contextmanager
 def running(contender: Contender) -> Iterator[Running]:
-    """`contender` in a process of its own, which has answered as it should.
+    """`contender` in a process of its own, which has answered as it should, and ends with this one.
 
     Raises:
       RuntimeError: it ended, did not answer in time, or answered something else.
@@ -61,7 +62,7 @@ def running(contender: Contender) -> Iterator[Running]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"127.0.0.1:{port}"
-    command = [part.format(port=port) for part in contender.command]
+    command = mortal(*(part.format(port=port) for part in contender.command))
     environment = {name: v.format(port=port) for name, v in contender.environment.items()}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(

@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from benchmarks.mortal import mortal
+
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _WAIT_S = 60
 
@@ -78,7 +80,7 @@ def flooding(address: str, path: str, message: bytes, *, in_flight: int) -> Iter
     """
     with tempfile.TemporaryDirectory() as folder:
         command = _command(f"http://{address}{path}", _body(folder, message), in_flight, 1)
-        process = subprocess.Popen([*command, "-D", "900"], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(mortal(*command, "-D", "900"), stdout=subprocess.DEVNULL)
         try:
             yield
             if process.poll() is not None:

@@ -1,6 +1,8 @@
 """Peers are told what to prepare, checked, timed in turns, and held against the marks."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from benchmarks import memory
 from benchmarks.compiled import bytes_accessed
 from benchmarks.peers import environments, layers, report, rounds
 from benchmarks.peers.process import Peer, PeerError, Seconds, started
+from server_process import WAIT_S, eventually
 
 
 def seconds(*elapsed):
@@ -52,6 +55,22 @@ def test_every_environment_is_pinned_by_hash_and_names_no_index():
         assert "://" not in locked
         for package, version in environments.pins(name).items():
             assert f"\n{package}=={version} \\\n    --hash=" in f"\n{locked}"
+
+
+def test_what_a_killed_benchmark_started_ends():
+    program = (
+        "import subprocess, time\n"
+        "from benchmarks.mortal import mortal\n"
+        "print(subprocess.Popen(mortal('sleep', '600')).pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    killed = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    with killed, killed.stdout as stream:
+        child = Path("/proc", stream.readline().strip())
+        assert child.exists()
+        killed.kill()
+    killed.wait(WAIT_S)
+    eventually(lambda: not child.exists() or "State:\tZ" in (child / "status").read_text())
 
 
 @pytest.mark.slow
