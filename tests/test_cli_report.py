@@ -41,7 +41,7 @@ def in_float():
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    variables = in_float().init(jax.random.key(0), X)
+    variables = jax.jit(in_float().init)(jax.random.key(0), X)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "checkpoint", variables)
     labels = np.asarray(in_float().apply(variables, X)).argmax(axis=-1)

@@ -49,7 +49,7 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def variables():
-    return Net(QuantMode.TRAIN).init(jax.random.key(0), X)
+    return jax.jit(Net(QuantMode.TRAIN).init)(jax.random.key(0), X)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_scanned_and_rematerialized_layers_are_seen():
             return scan(self, x, jnp.zeros((3,)))[0]
 
     model = Layers(QuantMode.TRAIN)
-    found = observe(Layers, model.init(jax.random.key(0), X), [{"x": X}])
+    found = observe(Layers, jax.jit(model.init)(jax.random.key(0), X), [{"x": X}])
     assert [(c.path, c.calls) for c in found] == [("layer", 3)]
 
 
@@ -129,7 +129,7 @@ def test_convolutions_are_seen():
             return nn.Conv(4, (3, 3), conv_general_dilated=hook)(x)
 
     x = RNG.normal(size=(2, 5, 5, 3)).astype(np.float32)
-    (found,) = observe(Conv, Conv(QuantMode.TRAIN).init(jax.random.key(0), x), [{"x": x}])
+    (found,) = observe(Conv, jax.jit(Conv(QuantMode.TRAIN).init)(jax.random.key(0), x), [{"x": x}])
     assert found.place == ("Conv_0", "conv_general_dilated")
     assert found.macs == 2 * 5 * 5 * 4 * 3 * 3 * 3
     assert found.sqnr_db > 30

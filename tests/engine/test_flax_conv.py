@@ -32,7 +32,7 @@ class ConvNet(nn.Module):
 
 def initial(x):
     """What the float model begins with, of the same names; it compiles in a tenth of the time."""
-    return ConvNet(quantization=None).init(jax.random.key(0), x[:2])
+    return jax.jit(ConvNet(quantization=None).init)(jax.random.key(0), x[:2])
 
 
 def images(count=64):
@@ -70,7 +70,7 @@ def test_without_a_configuration_it_is_the_float_convolution():
             convolution = AqtConvGeneralDilated(None) if self.given else None
             return nn.Conv(8, (3, 3), conv_general_dilated=convolution)(x)
 
-    variables = Plain(False).init(jax.random.key(0), x)
+    variables = jax.jit(Plain(False).init)(jax.random.key(0), x)
     assert_same_bits(Plain(True).apply(variables, x), Plain(False).apply(variables, x))
 
 

@@ -124,7 +124,7 @@ def test_weights_in_closures_are_folded_too():
 @pytest.mark.slow
 def test_a_linen_model_needs_no_modes():
     model = nn.Sequential([nn.Dense(6, dot_general=AqtDotGeneral(INT8)), nn.relu])
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     assert fold(lambda v, x: model.apply(v, x), variables, x=X) == {
         "params/layers_0/bias": "float32",
         "params/layers_0/kernel/qvalue": "int8",

@@ -29,7 +29,7 @@ class Two(nn.Module):
 
 @pytest.fixture(scope="module")
 def trained():
-    return jax.tree.map(np.asarray, Two(QuantMode.TRAIN).init(jax.random.key(0), X))
+    return jax.tree.map(np.asarray, jax.jit(Two(QuantMode.TRAIN).init)(jax.random.key(0), X))
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def test_float_sums_behind_a_scale_are_served_as_trained(tail, po2):
             return tail(nn.Dense(16, bias_init=nn.initializers.normal(), dot_general=hook)(x))
 
     model = LinenModel(Net)
-    variables = Net(QuantMode.TRAIN).init(jax.random.key(0), X)
+    variables = jax.jit(Net(QuantMode.TRAIN).init)(jax.random.key(0), X)
     serving = model.serving(variables, {"x": X})
     served = jax.jit(lambda v, x: serving.forward(v, {"x": x}))
     trained = jax.jit(lambda v, x: model.train(v, {"x": x}))

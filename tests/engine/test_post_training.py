@@ -64,7 +64,7 @@ class Converted:
 
 def converted(tmp_path, configuration):
     model = quantize(Float(), Rules((Rule(modules=".+", config=configuration),)))
-    params = Float().init(jax.random.key(0), X)
+    params = jax.jit(Float().init)(jax.random.key(0), X)
     variables = params
     if configuration == STATIC:
         variables = calibrate(model, params, [{"x": X}])

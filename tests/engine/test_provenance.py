@@ -53,7 +53,9 @@ class Model(nn.Module):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     path = tmp_path_factory.mktemp("repository") / "m" / "1"
-    params = {"params": Model(QuantMode.TRAIN, STATIC).init(jax.random.key(0), X)["params"]}
+    params = {
+        "params": jax.jit(Model(QuantMode.TRAIN, STATIC).init)(jax.random.key(0), X)["params"]
+    }
     variables = calibrate(Factory(), params, [{"x": X}])
     convert(Factory(), variables, {"x": X}, path, tile=4)
     return path, variables

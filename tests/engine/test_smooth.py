@@ -83,7 +83,7 @@ BLOCKS = [
 
 def with_outliers(model):
     """Variables of which channels of activations are large, and of weights as much smaller."""
-    params = dict(model(TRAIN).init(jax.random.key(0), X)["params"])
+    params = dict(jax.jit(model(TRAIN).init)(jax.random.key(0), X)["params"])
     if "norm" in params:
         params["norm"] = jax.tree.map(lambda p: p * OUTLIERS, params["norm"])
     for name in ("first", "second", "heads_0"):
@@ -158,6 +158,6 @@ class Residual(Base):
 )
 def test_what_would_change_the_model_is_refused(smoothing, arguments, message):
     model = Factory(Residual)
-    variables = model(TRAIN).init(jax.random.key(0), OUTLIERS * X)
+    variables = jax.jit(model(TRAIN).init)(jax.random.key(0), OUTLIERS * X)
     with pytest.raises(SmoothingError, match=message):
         smooth(model, variables, [{"x": OUTLIERS * X}], [smoothing], **arguments)

@@ -119,7 +119,7 @@ def test_outside_of_a_module_there_is_nowhere_to_learn():
 @pytest.mark.slow
 def test_only_calibrating_moves_a_mean_of_absmax():
     x = inputs()
-    variables = Mlp().init(jax.random.key(0), x)
+    variables = jax.jit(Mlp().init)(jax.random.key(0), x)
     counts = {}
     for mode in (QuantMode.TRAIN, QuantMode.CALIBRATE):
         _, changed = Mlp(mode).apply(variables, x, mutable=[STATISTICS])
@@ -130,7 +130,7 @@ def test_only_calibrating_moves_a_mean_of_absmax():
 def test_training_moves_a_delayed_scale_where_it_may():
     x = inputs()
     model = Mlp(quantization=static(DelayedScalingCalibration(8)))
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     _, changed = model.apply(variables, x, mutable=[STATISTICS])
     history = changed[STATISTICS]["AqtDotGeneral_0"]["qlhs"]["amax_history"]
     assert float(history[0, 0, 0]) == np.abs(x).max()
@@ -149,7 +149,7 @@ def test_a_static_scale_is_served_as_it_was_trained(tmp_path, calibration):
         return Mlp(mode, c)
 
     x = inputs()
-    params = {"params": model(QuantMode.TRAIN).init(jax.random.key(0), x)["params"]}
+    params = {"params": jax.jit(model(QuantMode.TRAIN).init)(jax.random.key(0), x)["params"]}
     with pytest.raises(ConversionError, match="never calibrated"):
         convert(model, params, {"x": x}, tmp_path / "m" / "1", tile=4)
     variables = calibrate(model, params, [{"x": inputs(seed=s)} for s in range(3)])
@@ -180,7 +180,7 @@ def test_a_convolution_is_calibrated_too(tmp_path):
             return nn.Conv(4, (3, 3), conv_general_dilated=convolution)(x)
 
     x = np.random.default_rng(0).normal(size=(16, 5, 5, 2)).astype(np.float32)
-    params = {"params": Conv(QuantMode.TRAIN).init(jax.random.key(0), x)["params"]}
+    params = {"params": jax.jit(Conv(QuantMode.TRAIN).init)(jax.random.key(0), x)["params"]}
     variables = calibrate(Conv, params, [{"x": x}])
     manifest = convert(Conv, variables, {"x": x}, tmp_path / "c" / "1", tile=4)
     assert {w.role for w in manifest.weights} == {"qvalue", "scale", "float"}
@@ -192,7 +192,7 @@ def test_a_model_without_statistics_has_nothing_to_calibrate():
         return Mlp(mode, config.config_v4())
 
     x = inputs(4)
-    variables = dynamic(QuantMode.TRAIN).init(jax.random.key(0), x)
+    variables = jax.jit(dynamic(QuantMode.TRAIN).init)(jax.random.key(0), x)
     with pytest.raises(ConversionError, match="keeps no statistics"):
         calibrate(dynamic, variables, [{"x": x}])
 
@@ -207,7 +207,7 @@ def test_shards_are_served_as_they_were_trained():
         return model.apply(variables, x)
 
     x = inputs()
-    variables = nn.Dense(8).init(jax.random.key(0), x)
+    variables = jax.jit(nn.Dense(8).init)(jax.random.key(0), x)
     _, stored = nn.Dense(8, dot_general=AqtDotGeneral(c, rhs_quant_mode=QuantMode.CONVERT)).apply(
         variables, x, mutable=["aqt"]
     )
