@@ -43,12 +43,6 @@ def shared():
         yield server
 
 
-@pytest.fixture
-def server():
-    with FakeServer() as server:
-        yield server
-
-
 def infer_calls(server):
     return [c for c in server.calls if c.rpc == "ModelInfer"]
 

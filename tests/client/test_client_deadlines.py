@@ -19,12 +19,6 @@ OVERLOADED = (grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
-@pytest.fixture
-def server():
-    with FakeServer() as server:
-        yield server
-
-
 @BOTH
 def test_one_deadline_covers_all_attempts(server, connect, monkeypatch):
     monkeypatch.setattr("random.uniform", lambda low, high: high)

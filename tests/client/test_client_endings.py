@@ -19,12 +19,6 @@ STOPPING = (grpc.StatusCode.CANCELLED, "the server stops")
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
-@pytest.fixture
-def server():
-    with FakeServer() as server:
-        yield server
-
-
 def await_call(server, count=1):
     end = time.monotonic() + BOUND_S
     while len(server.calls) < count:

@@ -20,12 +20,6 @@ OVERLOADED = (grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
-@pytest.fixture
-def server():
-    with FakeServer() as server:
-        yield server
-
-
 @BOTH
 @pytest.mark.parametrize(
     ("code", "kind"),

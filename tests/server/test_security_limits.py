@@ -6,7 +6,6 @@ import tritonclient.grpc as stock
 import tritonclient.utils.shared_memory as shm
 
 from aqt_protos import open_inference_pb2 as pb
-from aqt_protos import open_inference_pb2_grpc as pb_grpc
 from bundles import FEATURES, write_linear
 from server.messages import MODEL, raises_status, request_of, stock_input, x_of
 from server_process import WAIT_S, serving
@@ -22,12 +21,6 @@ def server(tmp_path_factory):
     write_linear(root / "repository" / MODEL / "1")
     with serving(root / "repository", *FLAGS, log=root / "log") as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def stub(server):
-    with grpc.insecure_channel(server.address) as channel:
-        yield pb_grpc.GRPCInferenceServiceStub(channel)
 
 
 def test_a_message_that_is_too_large_is_refused_and_the_server_lives(stub):

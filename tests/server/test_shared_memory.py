@@ -18,7 +18,6 @@ from bundles import CLASSES, reference
 from engine.contractions import assert_same_bits
 from server.messages import MODEL, raises_status, request_of, x_of
 from server.odd_bundles import ARRAY_DATATYPES, WIDTH
-from server_process import serving
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,12 +26,6 @@ pytestmark = [
 
 X = x_of(5)
 PAGE = 4096
-
-
-@pytest.fixture(scope="module")
-def server(repository, tmp_path_factory):
-    with serving(repository, log=tmp_path_factory.mktemp("log") / "log") as running:
-        yield running
 
 
 @pytest.fixture

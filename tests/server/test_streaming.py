@@ -13,31 +13,12 @@ import tritonclient.grpc.aio as stock_aio
 
 from aqt_protos import open_inference_pb2_grpc as pb_grpc
 from aqt_server.streaming import IN_FLIGHT, answer_in_order
-from bundles import reference, write_linear
+from bundles import reference
 from engine.contractions import assert_same_bits
 from server.messages import MODEL, raises_status, request_of, stock_input, x_of
 from server_process import WAIT_S, serving
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory):
-    root = tmp_path_factory.mktemp("repository")
-    write_linear(root / MODEL / "1")
-    return root
-
-
-@pytest.fixture(scope="module")
-def server(repository, tmp_path_factory):
-    with serving(repository, log=tmp_path_factory.mktemp("log") / "log") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def stub(server):
-    with grpc.insecure_channel(server.address) as channel:
-        yield pb_grpc.GRPCInferenceServiceStub(channel)
 
 
 def check(response, x, repository):
