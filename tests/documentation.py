@@ -47,15 +47,21 @@ def blocks(page: Path) -> list[Block]:
     ]
 
 
-class Reader(contextlib.ExitStack):
-    """Carries out the blocks of pages in the working directory, with at most one server a page.
+def carry_out(page: Path, *, forked: bool = True) -> None:
+    """Does in the working directory what the page says, with at most one server.
 
-    Python blocks share their names, as in one session. Where a page says localhost and a port, the
-    free port is put that the server has.
+    Python blocks share their names, as in one session. Where the page says localhost and a port,
+    the free port is put that the server has, which is `forked` or started by the command.
     """
+    with _Reader(forked=forked) as reader:
+        for block in blocks(page):
+            reader.read(block)
 
-    def __init__(self):
+
+class _Reader(contextlib.ExitStack):
+    def __init__(self, *, forked: bool):
         super().__init__()
+        self.forked = forked
         self.names = {"__name__": "__page__"}
         self.ports: dict[str, str] = {}
 
@@ -94,7 +100,7 @@ class Reader(contextlib.ExitStack):
         flags = arguments[:at] + arguments[at + 2 :]
         flags += ["--http-port", "0"] if ports["--http-port"] else []
         server = self.enter_context(
-            serving(repository, *flags, log=Path("server.log"), forked=False)
+            serving(repository, *flags, log=Path("server.log"), forked=self.forked)
         )
         self.ports[ports["--port"]] = server.address
         self.ports[ports["--metrics-port"]] = urlsplit(server.metrics_url).netloc

@@ -10,28 +10,22 @@ import pytest
 from aqt_server.policies import Policies
 from aqt_server.security.authorization import Guard
 from aqt_server.settings import Access, Tls
-from documentation import Reader, blocks, commands
+from documentation import blocks, carry_out, commands
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(
     [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("examples/**/*.md")]
-    + [ROOT / "clients" / of / "README.md" for of in ("cpp", "node", "python")]
-    + [ROOT / f / "README.md" for f in ("protos", "server")]
+    + [ROOT / f / "README.md" for f in ("clients/node", "clients/python", "protos", "server")]
 )
 TUTORIAL = DOCS / "tutorial.md"
-ALONE = ["concepts.md", "how-to/quantize.md", "how-to/calibrate.md", "how-to/pretrained.md"]
+ALONE = ["concepts.md", "how-to/quantize.md", "how-to/calibrate.md"]
 AFTER_TUTORIAL = ["how-to/triton.md", "how-to/metrics.md", "how-to/canary.md"]
 READ = {TUTORIAL, *(DOCS / page for page in ALONE + AFTER_TUTORIAL)}
 # Their TOML is what a server reads: policies of models, or rules of who may do what.
 SETTINGS = {DOCS / page for page in ("operations.md", "from-triton.md", "from-tf-serving.md")}
-# Run by tests/test_quickstart.py, tests/engine/test_migration_guide.py and
-# tests/engine/test_migration_from_qwix.py.
-ELSEWHERE = {
-    "quickstart": ROOT / "README.md",
-    "guide": DOCS / "migrating-from-aqtp.md",
-    "qwix": DOCS / "migrating-from-qwix.md",
-}
+# Run by tests/test_quickstart.py and tests/engine/test_migration_guide.py.
+ELSEWHERE = {"quickstart": ROOT / "README.md", "guide": DOCS / "migrating-from-aqtp.md"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -71,10 +65,9 @@ def test_targets_of_make_that_pages_name_are_there():
 def workspace(tmp_path_factory):
     """A directory in which somebody followed the tutorial."""
     folder = tmp_path_factory.mktemp("tutorial")
-    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder), Reader() as reader:
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         patch.syspath_prepend(folder)
-        for block in blocks(TUTORIAL):
-            reader.read(block)
+        carry_out(TUTORIAL, forked=False)
     return folder
 
 
@@ -82,16 +75,11 @@ def workspace(tmp_path_factory):
 @pytest.mark.parametrize("page", ALONE)
 def test_a_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    with Reader() as reader:
-        for block in blocks(DOCS / page):
-            reader.read(block)
+    carry_out(DOCS / page)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", AFTER_TUTORIAL)
 def test_a_page_after_the_tutorial(page, workspace, monkeypatch):
     monkeypatch.chdir(workspace)
-    with Reader() as reader:
-        for block in blocks(DOCS / page):
-            reader.read(block)
+    carry_out(DOCS / page)
