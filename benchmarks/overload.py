@@ -38,16 +38,18 @@ from aqt_engine.flax import AqtDotGeneral
 from aqt_protos import SERVICE_NAME
 from aqt_protos import open_inference_pb2 as pb
 from benchmarks import command
-from benchmarks.contenders import ours, running
+from benchmarks.contenders import Arrays, ours, running
 from benchmarks.environment import described, environment
 from benchmarks.serving import message
+from examples import zoo
 from examples.entry import forward_of
 
 MODEL = "wide"
 FEATURES = 1024
-LAYERS = (16, 64)
-"""Of the models: one that takes little more to compute than to ask for, and one that takes long."""
+MODELS = ("16", "64", "minilm_dynamic_int8")
+"""So many layers: few take little more to compute than to ask for, many long; or one of the zoo."""
 ROWS = 16
+ZOO_ROWS = 32
 FACTORS = (1.0, 2.0)
 DOORS = ("port", "fast-port")
 IN_FLIGHT = 32
@@ -132,7 +134,7 @@ def _model(layers: int, mode: QuantMode = QuantMode.TRAIN) -> nn.Module:
     return nn.Sequential([nn.Dense(FEATURES, dot_general=int8) for _ in range(layers)])
 
 
-def bundle(repository: Path, layers: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def bundle(repository: Path, layers: int) -> tuple[Arrays, Arrays]:
     """Converts a model that takes a while to compute; a request to it, and its answer."""
     typical = np.random.default_rng(0).normal(size=(ROWS, FEATURES)).astype(np.float32)
     model = functools.partial(_model, layers)
@@ -143,7 +145,15 @@ def bundle(repository: Path, layers: int) -> tuple[dict[str, np.ndarray], np.nda
         return {"output": model().apply(variables, inputs)}
 
     inputs = {"inputs": typical}
-    return inputs, forward_of(named, variables, ROWS)(inputs)["output"]
+    return inputs, forward_of(named, variables, ROWS)(inputs)
+
+
+def of_the_zoo(repository: Path, name: str) -> tuple[Arrays, Arrays]:
+    """Converts a model of the zoo; a request of `ZOO_ROWS` rows to it, and its answer."""
+    model = zoo.MODELS[name]
+    forward = zoo.convert_untrained(model, repository)
+    inputs = model.inputs(np.random.default_rng(1), ZOO_ROWS, model.lengths[0])
+    return inputs, forward(inputs)
 
 
 async def measure(
@@ -206,13 +216,13 @@ def table(measured: Sequence[dict[str, Any]], title: str, *, markdown: bool) -> 
     """The figures, a line for each load."""
     made = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, title=title)
     for column in (
-        *("layers", "door", "load", "capacity/s", "goodput of it", "worst", "accepted p50, ms"),
+        *("model", "door", "load", "capacity/s", "goodput of it", "worst", "accepted p50, ms"),
         *("p99, ms", "late", "refused", "told in, ms", "cores: server", "client"),
     ):
         made.add_column(column, justify="right")
     for one in measured:
         made.add_row(
-            str(one["layers"]),
+            one["model"],
             one["door"],
             f"{one['factor']:g}x",
             f"{one['capacity_per_s']:.0f}",
@@ -229,23 +239,27 @@ def table(measured: Sequence[dict[str, Any]], title: str, *, markdown: bool) -> 
     return made
 
 
-def _measured(layers: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """What a model of so many layers does, through each door."""
-    with tempfile.TemporaryDirectory() as name:
-        inputs, expected = bundle(Path(name), layers)
+def _measured(model: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a model does, through each door."""
+    with tempfile.TemporaryDirectory() as folder:
+        repository = Path(folder)
+        made = bundle(repository, int(model)) if model.isdigit() else of_the_zoo(repository, model)
+        inputs, expected = made
+        name = MODEL if model.isdigit() else model
+        (output,) = expected
 
         def exact(answer: Any) -> bool:
-            return answer["output"].tobytes() == expected.tobytes()
+            return answer[output].tobytes() == expected[output].tobytes()
 
         found: list[dict[str, Any]] = []
         for door in arguments.doors:
-            contender = ours(Path(name), MODEL, inputs, exact, fast=door == "fast-port")
+            contender = ours(repository, name, inputs, exact, fast=door == "fast-port")
             with running(contender) as server:
                 rows = asyncio.run(
                     measure(
                         server.address,
-                        message(MODEL, inputs),
-                        expected.tobytes(),
+                        message(name, inputs),
+                        expected[output].tobytes(),
                         process=server.process,
                         factors=arguments.factors,
                         seconds=arguments.seconds,
@@ -253,20 +267,22 @@ def _measured(layers: int, arguments: argparse.Namespace) -> list[dict[str, Any]
                         repeats=arguments.repeats,
                     )
                 )
-            found += [{"layers": layers, "door": door} | row for row in rows]
+            found += [{"model": model, "door": door} | row for row in rows]
     return found
 
 
 def main() -> None:
     parser = command.parser("overload", __doc__)
-    parser.add_argument("--layers", type=int, nargs="+", default=LAYERS)
+    parser.add_argument(
+        "--models", nargs="+", default=MODELS, help="numbers of layers, and names of the zoo"
+    )
     parser.add_argument("--doors", nargs="+", default=DOORS, choices=DOORS)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each load")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--deadline-s", type=float, default=0.5)
     parser.add_argument("--factors", type=float, nargs="+", default=FACTORS)
     arguments = parser.parse_args()
-    measured = [row for layers in arguments.layers for row in _measured(layers, arguments)]
+    measured = [row for model in arguments.models for row in _measured(model, arguments)]
     where = environment()
     title = f"Overload, deadline {arguments.deadline_s:g} s, medians of {arguments.repeats}"
     console = Console(width=170)

@@ -121,7 +121,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         now = loop.time()
         self._admit(rows)
-        self._check_time(group, rows, now, priority, deadline, answer_by)
+        foreseen = self._check_time(group, rows, now, priority, deadline, answer_by)
         waiting = Waiting(
             inputs=inputs,
             rows=rows,
@@ -129,6 +129,7 @@ class Batcher:
             priority=priority,
             deadline=deadline,
             answer_by=math.inf if answer_by is None else answer_by,
+            foreseen=foreseen,
             queued_ns=time.monotonic_ns(),
             since=now,
             answer=loop.create_future(),
@@ -139,7 +140,8 @@ class Batcher:
         try:
             return await waiting.answer
         finally:
-            self._queue.remove(waiting)
+            if self._queue.remove(waiting) and waiting.late(loop.time()):
+                self._count(waiting, late=True)
             if timer:
                 timer.cancel()
 
@@ -193,13 +195,14 @@ class Batcher:
         priority: int,
         deadline: float | None,
         answer_by: float | None,
-    ) -> None:
+    ) -> bool:
         """Refuses what is not all but certain to be done in time, by what batches took so far.
 
-        An idle version takes everything, so that what batches take is measured again.
+        An idle version takes everything, so that what batches take is measured again. Returns
+        whether an answer in time was expected.
         """
         if (deadline is None and answer_by is None) or not (self._computing or self.pending_rows):
-            return
+            return False
         free = now
         if self._computing:
             taken = sum(waiting.rows for waiting in self._computing)
@@ -220,15 +223,21 @@ class Batcher:
                 f"before: allow it more, or send fewer at once",
                 retry_s=max(0.01, over_s) if alone else None,
             )
+        return answer_by is not None
 
     def _expire(self, waiting: Waiting) -> None:
         if self._queue.remove(waiting):
+            self._count(waiting, late=True)
             waiting.fail(
                 DeadlineExceeded(
                     "the request could not be computed in its time: allow it more, or send fewer "
                     "at once"
                 )
             )
+
+    def _count(self, waiting: Waiting, *, late: bool) -> None:
+        if waiting.foreseen:
+            self._service_time.taken(late=late)
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
@@ -252,8 +261,10 @@ class Batcher:
                 else:
                     rows = sum(waiting.rows for waiting in batch)
                     self._statistics.batches[rows].add(answers[0].times)
-                    self._service_time.add(batch[0].group, rows, loop.time() - now)
+                    ended = loop.time()
+                    self._service_time.add(batch[0].group, rows, ended - now)
                     for waiting, answer in zip(batch, answers, strict=True):
+                        self._count(waiting, late=waiting.late(ended))
                         if not waiting.answer.done():
                             waiting.answer.set_result(answer)
                 finally:
@@ -314,11 +325,11 @@ class Batcher:
             if waiting.answer.done():
                 self._queue.remove(waiting)
                 continue
-            if now + self._most(waiting.group, waiting.rows) > waiting.answer_by:
+            if now + self._expected(waiting.group, waiting.rows) > waiting.answer_by:
                 late.append(waiting)
                 continue
             by = min(by, waiting.answer_by)
-            if batch and now + self._most(waiting.group, rows + waiting.rows) > by:
+            if batch and now + self._expected(waiting.group, rows + waiting.rows) > by:
                 break
             batch.append(waiting)
             rows += waiting.rows

@@ -18,6 +18,9 @@ DEFAULT_PRIORITY = 5
 LEVEL_S = 1.0
 """Seconds of head start that one level has before the next."""
 
+_WAY_BACK = 0.02
+"""Of the time that a request has, so much is left for its answer's way to the client."""
+
 Outputs = dict[str, np.ndarray[Any, Any]]
 
 
@@ -43,6 +46,8 @@ class Waiting:
     """Until when it may wait in the queue."""
     answer_by: float
     """Until when anyone waits for its answer."""
+    foreseen: bool
+    """Whether it was taken because an answer in time was expected: else all was idle."""
     queued_ns: int
     """When it came, by the monotonic clock."""
     answer: asyncio.Future[Answer]
@@ -51,6 +56,10 @@ class Waiting:
     def turn(self) -> float:
         """What the queue is ordered by."""
         return self.since + self.priority * LEVEL_S
+
+    def late(self, now: float) -> bool:
+        """Whether an answer that is sent now comes late."""
+        return now > self.answer_by - _WAY_BACK * (self.answer_by - self.since)
 
     @property
     def room(self) -> int:

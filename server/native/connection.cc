@@ -43,7 +43,7 @@ struct Connection::Stream {
   uint64_t call = 0;  // 0: not handed over
   std::string path, headers, encoding, body;
   size_t header_bytes = 0, room = 0, sent = 0;
-  double timeout_s = -1;
+  double timeout_s = -1, began_s = 0;
   bool post = false, grpc = false, bad_timeout = false, ended = false, answered = false;
   Response response{};
 };
@@ -224,6 +224,7 @@ void Connection::whole(Stream& stream) {
   request.encoding = std::move(stream.encoding);
   request.peer = peer_;
   request.timeout_s = stream.timeout_s;
+  request.began_s = stream.began_s;
   request.body = std::move(stream.body);
   const uint64_t call = request.call;
   // What was taken for it goes on with it, and is given back by whoever takes it.
@@ -313,6 +314,7 @@ nghttp2_session_callbacks* Connection::callbacks() {
           if (frame->hd.type == NGHTTP2_HEADERS && frame->headers.cat == NGHTTP2_HCAT_REQUEST) {
             auto stream = std::make_unique<Stream>();
             stream->number = frame->hd.stream_id;
+            stream->began_s = now_s();
             connection.streams_[frame->hd.stream_id] = std::move(stream);
           }
           return 0;

@@ -31,8 +31,10 @@ struct Limits {
 struct Request {
   uint64_t call;
   std::string path, headers, peer, encoding, body;
-  // Until it has to be answered, or negative for any time.
+  // From its begin until it has to be answered, or negative for any time.
   double timeout_s;
+  // When its headers came.
+  double began_s;
 };
 
 // `body`, a message with its prefix, is sent if `status` is 0; `trailers` are as `headers` above.

@@ -9,6 +9,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <iterator>
 #include <set>
@@ -117,7 +118,14 @@ Taken Door::take() {
     const std::lock_guard lock(mutex_);
     std::swap(taken, waiting_);
   }
-  for (const Request& request : taken.requests) give_room(request.body.size());
+  const double now = now_s();
+  for (Request& request : taken.requests) {
+    give_room(request.body.size());
+    // It has waited for the rest of its message, and to be taken.
+    if (request.timeout_s >= 0) {
+      request.timeout_s = std::max(0.0, request.timeout_s - (now - request.began_s));
+    }
+  }
   return taken;
 }
 

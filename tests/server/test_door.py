@@ -7,6 +7,7 @@ import select
 import socket
 import struct
 import threading
+import time
 
 import grpc
 import pytest
@@ -125,6 +126,29 @@ def until_answered(connection):
         part = connection.recv(65536)
         assert part, "the connection ended before the call did"
         received += part
+
+
+def test_a_call_has_what_is_left_of_its_time_when_it_is_taken(door_class):
+    def pass_s(seconds):
+        began = time.monotonic()
+        while time.monotonic() < began + seconds:
+            pass
+
+    body = b"\0\0\0\0\x05hello"
+    with opened(door_class) as door, connected(door) as connection:
+        begun = frame(1, 4, 1, headers(b"/s/M", (b"grpc-timeout", b"5S")))
+        connection.sendall(conversation(begun, frame(1, 5, 3, headers(b"/none"))))
+        # What was sent after its headers is answered: they are there.
+        until_answered(connection)
+        pass_s(0.02)
+        connection.sendall(frame(0, 1, 1, body))
+        ((*_, timeout_s),), _ = taken(door)
+        assert 0 < timeout_s <= 5 - 0.02
+        connection.sendall(call_of(5, b"hello", (b"grpc-timeout", b"1m")))
+        assert select.select([door], [], [], WAIT_S)[0]
+        pass_s(0.001)
+        ((*_, timeout_s),), _ = taken(door)
+        assert timeout_s == 0
 
 
 def test_a_call_is_handed_over_whole(door_class):

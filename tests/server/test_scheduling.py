@@ -136,6 +136,74 @@ def test_what_took_now_more_and_now_less_is_given_more_time():
     assert end == pytest.approx(4 * mean + drift + 2 * (measured.most((), 8) - mean))
 
 
+def test_room_before_the_deadline_grows_with_what_comes_late_and_shrinks_with_what_does_not():
+    measured = ServiceTime()
+    measured.add((), 8, 1.0)
+
+    def allowed():
+        start, end = measured.behind((), 24, 8, 8)
+        return end - start - 1.0
+
+    least = allowed()
+    assert least == pytest.approx(0.15 * 3)
+    measured.taken(late=True)
+    assert allowed() > least
+    # Steady where three of a thousand are late, and never beyond twice as long again.
+    for _ in range(10):
+        before = allowed()
+        for i in range(1000):
+            measured.taken(late=i < 3)
+        assert allowed() == pytest.approx(before, rel=0.01)
+    for _ in range(100):
+        measured.taken(late=True)
+    assert allowed() == pytest.approx(6.0)
+    for _ in range(100_000):
+        measured.taken(late=False)
+    assert 0 < allowed() < least
+
+
+def test_whatever_was_taken_is_counted_once_as_in_time_or_late(monkeypatch):
+    counted = []
+    monkeypatch.setattr(ServiceTime, "taken", lambda self, *, late: counted.append(late))
+
+    async def test(program, batcher):
+        await computed_in(program, batcher, 2.0)
+        program.gate.clear()
+        now = asyncio.get_running_loop().time()
+        # Taken as all is idle, so that it says nothing of what was foreseen.
+        first = ask(batcher, 0, answer_by=now + 1)
+        await until_computing(program)
+        with pytest.raises(DeadlineExceeded, match="its time is up before"):
+            await batcher.run(rows(1), answer_by=now + 1)
+        leaves, dropped = (ask(batcher, 1, answer_by=now + by) for by in (4.4, 4.5))
+        in_time = ask(batcher, 2, answer_by=now + 100)
+        await turn(4.45)
+        assert counted == []
+        leaves.cancel()
+        await turn(0)
+        assert counted == [True]
+        program.started.clear()
+        program.gate.set()
+        await asyncio.gather(first, in_time)
+        with pytest.raises(DeadlineExceeded, match="could not be computed in its time"):
+            await dropped
+        assert counted == [True, True, False]
+        program.gate.clear()
+        program.started.clear()
+        together = (
+            ask(batcher, 0),
+            ask(batcher, 3, answer_by=asyncio.get_running_loop().time() + 10),
+        )
+        await until_computing(program)
+        await turn(9.9)
+        program.gate.set()
+        await asyncio.gather(*together)
+        # Its answer is there a moment before its time, and does not arrive in it.
+        assert counted == [True, True, False, True]
+
+    with_batcher(test)
+
+
 def test_who_has_too_little_time_is_told_when_the_others_are_out_of_the_way():
     async def test(program, batcher):
         await computed_in(program, batcher, 2.0)
