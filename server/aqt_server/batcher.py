@@ -227,7 +227,10 @@ class Batcher:
 
     def _expire(self, waiting: Waiting) -> None:
         if self._queue.remove(waiting):
-            self._count(waiting, late=True)
+            # Not where it is only the wait whose time is up.
+            now = asyncio.get_running_loop().time()
+            if now + self._expected(waiting.group, waiting.rows) > waiting.answer_by:
+                self._count(waiting, late=True)
             waiting.fail(
                 DeadlineExceeded(
                     "the request could not be computed in its time: allow it more, or send fewer "

@@ -177,7 +177,11 @@ def test_whatever_was_taken_is_counted_once_as_in_time_or_late(monkeypatch):
             await batcher.run(rows(1), answer_by=now + 1)
         leaves, dropped = (ask(batcher, 1, answer_by=now + by) for by in (4.4, 4.5))
         in_time = ask(batcher, 2, answer_by=now + 100)
+        # A timeout is for the wait alone, and this one says nothing of its answer.
+        waits = ask(batcher, 5, deadline=now + 4, answer_by=now + 100)
         await turn(4.45)
+        with pytest.raises(DeadlineExceeded):
+            await waits
         assert counted == []
         leaves.cancel()
         await turn(0)
