@@ -14,7 +14,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 
 .PHONY: demo zoo papers attack faults fuzz soak test test-long check differential fmt proto lock clean
 .PHONY: bench bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness
 .PHONY: bench-memory bench-kernel bench-scale bench-peers bench-overload bench-start lock-peers
-.PHONY: deploy-test image-test manifests ray-test page-test cpp-test wheels
+.PHONY: deploy-test image-test manifests ray-test page-test savedmodel-test cpp-test wheels
 .PHONY: test-latest test-minimum docs notebook
 
 demo: .venv/installed  ## trains, converts, serves and compares every bit
@@ -118,6 +118,10 @@ page-test: out/page-venv/installed  ## the status page in headless Chromium, and
 cpp-test: .venv/installed  ## the C++ client against real servers: needs gRPC for C++
 	$(BIN)/python -m pytest -q tests/server/cpp_client.py
 
+savedmodel-test: out/savedmodel-venv/installed  ## bundles as SavedModels, computed by TensorFlow
+	PYTHONPATH=$(CURDIR):tests out/savedmodel-venv/bin/python -m pytest -q -s -W default \
+		tests/saved_model/computed.py
+
 manifests: out/deploy-venv/installed  ## renders the Helm chart to deploy/kubernetes
 	out/deploy-venv/bin/python deploy/helm/render.py
 
@@ -138,6 +142,7 @@ lock: .venv/installed  ## resolves pyproject.toml to versions and hashes again
 	$(COMPILE) -c requirements.txt --group deploy -o requirements-deploy.txt
 	$(COMPILE) -c requirements.txt --group docs -o requirements-docs.txt
 	$(COMPILE) -c requirements.txt --group page -o requirements-page.txt
+	$(COMPILE) -c requirements.txt --group savedmodel -o requirements-savedmodel.txt
 
 wheels: .venv/installed  ## the wheels of our distributions, into out/wheels
 	rm -rf out/wheels
@@ -199,6 +204,14 @@ out/docs-venv/installed: requirements-docs.txt .venv/installed
 out/page-venv/installed: requirements-page.txt .venv/installed
 	$(PYTHON) -m venv out/page-venv
 	out/page-venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	touch $@
+
+# It sees what .venv has, with versions of its own before those.
+out/savedmodel-venv/installed: requirements-savedmodel.txt .venv/installed
+	$(PYTHON) -m venv out/savedmodel-venv
+	out/savedmodel-venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	cd out/savedmodel-venv/lib/python3*/site-packages && \
+		echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python3*/site-packages)')" > project.pth
 	touch $@
 
 out/ray-venv/installed: requirements-ray.txt

@@ -4,6 +4,7 @@ import typer
 
 from aqt_cli.bench import bench
 from aqt_cli.convert import convert
+from aqt_cli.export import export
 from aqt_cli.health import health
 from aqt_cli.inspect import inspect
 from aqt_cli.predict import predict
@@ -19,6 +20,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (convert, inspect, verify, report, predict, bench, top, health):
+for command in (convert, inspect, verify, export, report, predict, bench, top, health):
     app.command()(command)
 app.command(context_settings=SERVE_CONTEXT)(serve)
