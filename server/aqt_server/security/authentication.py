@@ -7,19 +7,17 @@ proxy's. Without tokens, the name in the client's certificate does. A message ne
 import dataclasses
 import hashlib
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import jwt
+from typing import TYPE_CHECKING, Any
 
 from aqt_server.errors import Unauthenticated
 from aqt_server.security.watched import Watched
 from aqt_server.settings import Access, Tls
 
-_ALGORITHMS = ("HS256", "RS256")
+if TYPE_CHECKING:
+    from aqt_server.security.json_web_tokens import Keys
+
 _LEAST_TOKEN = 16
-_LEAST_HS256_KEY = 32
 
 
 class AccessFileError(ValueError):
@@ -47,11 +45,15 @@ class Authenticator:
     def __init__(self, access: Access, tls: Tls):
         self._access = access
         self._tokens: Watched[dict[str, str]] | None = None
-        self._keys: Watched[list[jwt.PyJWK]] | None = None
+        self._keys: Watched[Keys] | None = None
         if tokens := access.auth_tokens:
             self._tokens = _watched(tokens, lambda: _read_tokens(tokens))
         if jwks := access.auth_jwks:
-            self._keys = _watched(jwks, lambda: _read_keys(jwks))
+            # Only for whom has such keys: what they are checked with takes as long to import as
+            # reading a small model.
+            from aqt_server.security import json_web_tokens
+
+            self._keys = _watched(jwks, lambda: json_web_tokens.Keys(jwks))
         self.by_token = bool(self._tokens or self._keys)
         """Whether a token is what says who calls."""
         self.by_certificate = tls.tls_client_ca is not None and not self.by_token
@@ -80,47 +82,12 @@ class Authenticator:
         if known:
             return Principal(known)
         if self._keys and token.count(".") == 2:
-            return self._from_jwt(token, self._keys.value)
-        raise Unauthenticated("the token is not known here: send one that is, or renew it")
-
-    def _from_jwt(self, token: str, keys: list[jwt.PyJWK]) -> Principal:
-        try:
-            wanted = jwt.get_unverified_header(token).get("kid")
-            fitting = [key for key in keys if wanted is None or key.key_id == wanted]
-            if len(fitting) != 1:
-                raise Unauthenticated(
-                    "the token was signed with a key that is not known here: send one of the "
-                    "issuer that this server trusts, with the id of its key"
-                )
-            claims: Mapping[str, Any] = jwt.decode(
-                token,
-                fitting[0],
-                # The key says how it signs, and the token has no say in that.
-                algorithms=[fitting[0].algorithm_name],
-                audience=self._access.auth_audience,
-                issuer=self._access.auth_issuer,
-                options={"require": ["exp", "sub"]},
+            access = self._access
+            name = self._keys.value.subject(
+                token, audience=access.auth_audience, issuer=access.auth_issuer
             )
-        except jwt.PyJWTError as error:
-            raise Unauthenticated(f"the token is not valid: {_reason(error)}") from None
-        if not claims["sub"]:
-            raise Unauthenticated("the token is not valid: its subject is empty")
-        return Principal(claims["sub"])
-
-
-def _reason(error: jwt.PyJWTError) -> str:
-    # Only what is about claims: other messages may repeat parts of the token.
-    if isinstance(error, jwt.InvalidAudienceError):
-        return "its audience is not this server's"
-    if isinstance(error, jwt.InvalidIssuerError):
-        return "its issuer is not the one that this server trusts"
-    if isinstance(error, jwt.ExpiredSignatureError):
-        return "it has expired; renew it"
-    if isinstance(error, jwt.ImmatureSignatureError):
-        return "its time has not begun"
-    if isinstance(error, jwt.MissingRequiredClaimError):
-        return f"it has no claim {error.claim!r}"
-    return "its signature or form is wrong"
+            return Principal(name)
+        raise Unauthenticated("the token is not known here: send one that is, or renew it")
 
 
 def _watched(file: Path, read: Any) -> Watched[Any]:
@@ -153,23 +120,3 @@ def _read_tokens(file: Path) -> dict[str, str]:
             raise AccessFileError(f"{file}: {name!r} has the token of {tokens[_digest(token)]!r}")
         tokens[_digest(token)] = name
     return tokens
-
-
-def _read_keys(file: Path) -> list[jwt.PyJWK]:
-    """The keys of a JSON web key set that sign with one of the algorithms that are taken here."""
-    try:
-        keys = jwt.PyJWKSet.from_json(file.read_text()).keys
-    except (ValueError, AttributeError, jwt.PyJWTError):
-        raise AccessFileError(
-            f"{file} is no JSON web key set with a key that can be used"
-        ) from None
-    fitting = [key for key in keys if key.algorithm_name in _ALGORITHMS]
-    if not fitting:
-        raise AccessFileError(f"{file} has no key for {' or '.join(_ALGORITHMS)}")
-    for key in fitting:
-        if key.algorithm_name == "HS256" and len(key.key) < _LEAST_HS256_KEY:
-            raise AccessFileError(
-                f"{file}: key {key.key_id!r} for HS256 has fewer than {_LEAST_HS256_KEY} bytes and "
-                f"can be guessed; make a longer one"
-            )
-    return fitting
