@@ -253,8 +253,11 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         ) from error
 
 
-def load(path: str | os.PathLike[str]) -> Bundle:
+def load(path: str | os.PathLike[str], *, with_graphs: bool = True) -> Bundle:
     """The bundle at `path`, every file checked against the manifest.
+
+    Without graphs it is for whom has executables of a bundle with the same digests, whose graphs
+    were checked when they were compiled.
 
     Raises:
       BundleError: a file is missing, unlisted, truncated or changed, or cannot be decoded.
@@ -264,7 +267,8 @@ def load(path: str | os.PathLike[str]) -> Bundle:
     manifest = read_manifest(root)
     check_files(root, manifest)
     try:
-        graphs, batched = _load_graphs(root, manifest, ""), _load_graphs(root, manifest, _BATCHED)
+        graphs = _load_graphs(root, manifest, "") if with_graphs else {}
+        batched = _load_graphs(root, manifest, _BATCHED) if with_graphs else {}
         weights, witnesses = _load_arrays(root, manifest)
     except (MemoryError, OSError, jax.errors.JaxRuntimeError):
         # Of this machine at this moment: the digests are right.
@@ -281,9 +285,10 @@ def load(path: str | os.PathLike[str]) -> Bundle:
                 f"only computes: convert a model without callbacks and kernels of its own"
             )
     for bucket in manifest.length_buckets:
-        if bucket not in graphs:
+        if bucket in graphs:
+            _check_graph(root, manifest, bucket, graphs[bucket])
+        elif with_graphs:
             raise BundleError(f"{root} has no graph for {manifest.sizes(bucket)}: convert again")
-        _check_graph(root, manifest, bucket, graphs[bucket])
         _check_witness(root, manifest, bucket, witnesses[bucket])
     return Bundle(
         manifest=manifest,

@@ -28,7 +28,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from jax import lax
+from jax import export, lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from aqt_engine import heap, lengths
@@ -38,8 +38,15 @@ from aqt_engine.kernels import library
 from aqt_engine.kernels.substitution import Packing, Substituted, substituted
 from aqt_engine.layout import COPIES, Layout, replicating
 from aqt_engine.manifest import LengthBucket
+from aqt_engine.restoration import check_restored, stand_in
 
 Array = np.ndarray[Any, Any]
+Packed = Mapping[LengthBucket, Mapping[int, Packing]]
+"""The weights that each graph takes packed, by their index."""
+Executable = Callable[..., Sequence[jax.Array]]
+_Shapes = Sequence[tuple[tuple[int, ...], np.dtype[Any]]]
+_NAME = "forward"
+"""Of what is compiled."""
 
 
 class Mode(enum.StrEnum):
@@ -66,6 +73,9 @@ class Program:
     every number of rows, every position and every neighbor. In this mode contractions are computed
     by the int8 kernel where it can, unless `kernel` is False or `layout` is of several devices.
 
+    With `packed`, as another program of the same bundle had it, there are no graphs to compile: all
+    executables have to be restored.
+
     Raises:
       BundleError: the bundle was lowered for other platforms, or has no graph for mode FAST.
       ValueError: `AQT_KERNELS` asks for a kernel that is not there; or there are fewer devices than
@@ -80,6 +90,7 @@ class Program:
         mode: Mode = Mode.EXACT,
         kernel: bool = True,
         layout: Layout = Layout(),
+        packed: Packed | None = None,
     ):
         platform = jax.default_backend()
         lowered_for = {"gpu": "cuda"}.get(platform, platform)
@@ -93,30 +104,22 @@ class Program:
         if mode is Mode.FAST and layout.devices > 1:
             raise ValueError("mode fast computes on one device: lay it out on one")
         self.buckets = tile_buckets(max_rows, bundle.manifest.tile, layout)
-        graphs = bundle.graphs if mode is Mode.EXACT else bundle.batched
-        if not graphs:
-            why = bundle.manifest.not_batched
-            raise BundleError(
-                "this bundle has no graph for any number of rows, which mode fast needs: its model "
-                f"cannot be traced so{f' ({why})' if why else ''}; serve it in mode exact, or let "
-                "the model read its number of rows from a shape and convert again"
-            )
         self._mesh = layout.mesh() if layout.devices > 1 else None
-        if layout.shards > 1:
-            graphs = {bucket: replicating(graph, layout) for bucket, graph in graphs.items()}
-        kernel = kernel and mode is Mode.EXACT and self._mesh is None
-        self._graphs = {
-            bucket: substituted(graph, len(bundle.weights)) if kernel else Substituted(graph=graph)
-            for bucket, graph in graphs.items()
-        }
-        used = any(graph.packed for graph in self._graphs.values())
-        self.kernel = library.instruction_set() if used else None
+        self._graphs: dict[LengthBucket, export.Exported] = {}
+        if packed is None:
+            kernel = kernel and mode is Mode.EXACT and self._mesh is None
+            made = _graphs(bundle, mode, kernel, layout)
+            self._graphs = {bucket: each.graph for bucket, each in made.items()}
+            packed = {bucket: each.packed for bucket, each in made.items()}
+        self.packed = packed
+        """The weights that are kept packed, for a program that is restored."""
+        self.kernel = library.instruction_set() if any(packed.values()) else None
         """The instruction set of the kernel that computes contractions; None if XLA does all."""
         self._places = [
             self._mesh and layout.of_weight(self._mesh, spec) for spec in bundle.manifest.weights
         ]
-        self._weights = _placed(bundle.weights, self._places, self._graphs)
-        self._executables: dict[tuple[LengthBucket, int], Callable[..., Sequence[jax.Array]]] = {}
+        self._weights = _placed(bundle.weights, self._places, packed)
+        self._executables: dict[tuple[LengthBucket, int], Executable] = {}
         self.workspace_nbytes = 0
         """Bytes beside the weights that the hungriest of the compiled executables computes in."""
         self._compiling = threading.Lock()
@@ -133,7 +136,7 @@ class Program:
             yield
         finally:
             heap.give_back()
-            self._weights = _placed(bundle.weights, self._places, self._graphs)
+            self._weights = _placed(bundle.weights, self._places, self.packed)
 
     @property
     def max_rows(self) -> int:
@@ -147,10 +150,25 @@ class Program:
                 self._executables[length_bucket, bucket] = self._compiled(bucket, length_bucket)
                 heap.give_back()
 
-    def _compiled(
-        self, bucket: int, length_bucket: LengthBucket
-    ) -> Callable[..., Sequence[jax.Array]]:
-        graph, placed = self._graphs[length_bucket].graph, self._weights[length_bucket]
+    def restore(self, bucket: int, length_bucket: LengthBucket = ()) -> None:
+        """Takes the executable for `bucket` tiles from the compilation cache, whatever was there.
+
+        The cache has to be made to give it: JAX asks for a stand-in's (`restoration`). It computes
+        the bits of the one that was compiled, as it is the same code.
+
+        Raises:
+          NotRestoredError: the cache gave nothing, or something else.
+        """
+        inputs, results = self._signature(bucket, length_bucket)
+        placeholder = stand_in([jax.ShapeDtypeStruct(*of) for of in results])
+        found = self._lowered(placeholder, self._weights[length_bucket], inputs).compile()
+        check_restored(found, _NAME)
+        with self._compiling:
+            self._executables[length_bucket, bucket] = self._measured(found, length_bucket)
+
+    def _compiled(self, bucket: int, length_bucket: LengthBucket) -> Executable:
+        inputs, _ = self._signature(bucket, length_bucket)
+        graph = self._graphs[length_bucket]
 
         def forward(weights: list[jax.Array], inputs: list[jax.Array]) -> list[jax.Array]:
             def at_once(rows: list[jax.Array]) -> list[jax.Array]:
@@ -160,17 +178,25 @@ class Program:
                 return at_once(inputs)
             return cast(list[jax.Array], lax.map(at_once, inputs))
 
-        sizes = self.manifest.sizes(length_bucket)
-        whole = [
-            spec.with_rows(bucket * self.manifest.tile, sizes) for spec in self.manifest.inputs
-        ]
-        shapes = [(self._laid_out(spec.shape), spec.dtype) for spec in whole]
-        compiled = self._lowered(forward, placed, shapes).compile()
+        forward.__name__ = _NAME
+        compiled = self._lowered(forward, self._weights[length_bucket], inputs).compile()
+        return self._measured(compiled, length_bucket)
+
+    def _signature(self, bucket: int, length_bucket: LengthBucket) -> tuple[_Shapes, _Shapes]:
+        """Shapes and dtypes of inputs and outputs, as an executable for `bucket` tiles has them."""
+        sizes, rows = self.manifest.sizes(length_bucket), bucket * self.manifest.tile
+        inputs = [spec.with_rows(rows, sizes) for spec in self.manifest.inputs]
+        outputs = [spec.with_rows(rows, sizes) for spec in self.manifest.outputs]
+        laid_out = [(self._laid_out(s.shape), s.dtype) for s in (*inputs, *outputs)]
+        return laid_out[: len(inputs)], laid_out[len(inputs) :]
+
+    def _measured(self, compiled: Any, length_bucket: LengthBucket) -> Executable:
         if told := compiled.memory_analysis():
             taken = (
                 told.argument_size_in_bytes + told.output_size_in_bytes + told.temp_size_in_bytes
             )
-            beside = taken - sum(w.addressable_shards[0].data.nbytes for w in placed)
+            weights = self._weights[length_bucket]
+            beside = taken - sum(w.addressable_shards[0].data.nbytes for w in weights)
             self.workspace_nbytes = max(self.workspace_nbytes, beside)
         return compiled
 
@@ -178,12 +204,13 @@ class Program:
         self,
         forward: Callable[..., list[jax.Array]],
         weights: list[jax.Array],
-        inputs: Sequence[tuple[tuple[int, ...], np.dtype[Any]]],
+        inputs: _Shapes,
     ) -> Any:
         """`forward` for inputs of these shapes and dtypes, over the devices that there are."""
         if self._mesh is None:
             structs = [jax.ShapeDtypeStruct(*of) for of in inputs]
-            return jax.jit(forward).lower(weights, structs)
+            # With what a graph does not use too, so that all of one signature are called alike.
+            return jax.jit(forward, keep_unused=True).lower(weights, structs)
         tiles = PartitionSpec(COPIES)
         sharding = NamedSharding(self._mesh, tiles)
         structs = [jax.ShapeDtypeStruct(*of, sharding=sharding) for of in inputs]
@@ -282,10 +309,30 @@ class Program:
         }
 
 
+def _graphs(
+    bundle: Bundle, mode: Mode, kernel: bool, layout: Layout
+) -> dict[LengthBucket, Substituted]:
+    """The bundle's graphs for this mode and these devices, which call the kernel if they may."""
+    graphs = bundle.graphs if mode is Mode.EXACT else bundle.batched
+    if not graphs:
+        why = bundle.manifest.not_batched
+        raise BundleError(
+            "this bundle has no graph for any number of rows, which mode fast needs: its model "
+            f"cannot be traced so{f' ({why})' if why else ''}; serve it in mode exact, or let "
+            "the model read its number of rows from a shape and convert again"
+        )
+    if layout.shards > 1:
+        graphs = {bucket: replicating(graph, layout) for bucket, graph in graphs.items()}
+    return {
+        bucket: substituted(graph, len(bundle.weights)) if kernel else Substituted(graph=graph)
+        for bucket, graph in graphs.items()
+    }
+
+
 def _placed(
     weights: Sequence[Array],
     places: Sequence[Sharding | None],
-    graphs: Mapping[LengthBucket, Substituted],
+    packed: Packed,
 ) -> dict[LengthBucket, list[jax.Array]]:
     """The weights in their places, as each graph takes them; what several take is there once.
 
@@ -303,8 +350,8 @@ def _placed(
         return placed[index, packing]
 
     return {
-        bucket: [place(i, graph.packed.get(i)) for i in range(len(weights))]
-        for bucket, graph in graphs.items()
+        bucket: [place(i, packing.get(i)) for i in range(len(weights))]
+        for bucket, packing in packed.items()
     }
 
 

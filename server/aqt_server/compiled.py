@@ -3,10 +3,16 @@
 JAX says what an entry is and what its key; here is how it lies on the disk. JAX's own files are
 written in place and never again, so that one that was cut short or damaged stays so, and some forms
 of them have no checksum: machine code would be run that nobody compiled.
+
+Who knows which entry is that of an executable has JAX take it without lowering what it is of
+(`given`); `kept` knows it of those of versions.
 """
 
+import contextlib
+import contextvars
 import hashlib
 import logging
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +26,34 @@ _log = logging.getLogger(__name__)
 _DIGEST = hashlib.sha256().digest_size
 
 
+_asked: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("asked", default=None)
+_given: contextvars.ContextVar[bytes | None] = contextvars.ContextVar("given", default=None)
+
+
+@contextlib.contextmanager
+def noted() -> Generator[list[str]]:
+    """The keys that JAX asks the cache for in the block, in this thread."""
+    keys: list[str] = []
+    token = _asked.set(keys)
+    try:
+        yield keys
+    finally:
+        _asked.reset(token)
+
+
+@contextlib.contextmanager
+def given(value: bytes) -> Generator[None]:
+    """In the block, in this thread, whatever JAX asks the cache for, it gets this entry.
+
+    If JAX cannot use it, what it compiles instead is not kept.
+    """
+    token = _given.set(value)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
 class Entries(CacheInterface):
     """Files of a digest and what it is of. One that cannot be used is as one that is not there."""
 
@@ -27,7 +61,15 @@ class Entries(CacheInterface):
         self._path = directory
 
     def get(self, key: str) -> Any:
-        """The entry of `key` as it was put there, or None."""
+        """What JAX gets for `key`: what was put there, or None."""
+        if (value := _given.get()) is not None:
+            return value
+        if (asked := _asked.get()) is not None:
+            asked.append(key)
+        return self.read(key)
+
+    def read(self, key: str) -> bytes | None:
+        """What was put there for `key`, or None."""
         file = self._file(key)
         try:
             content = file.read_bytes()
@@ -44,6 +86,8 @@ class Entries(CacheInterface):
 
     def put(self, key: str, value: bytes) -> None:
         """Keeps `value`, in the place of what was there, or says in the log that it cannot."""
+        if _given.get() is not None:
+            return
         try:
             self._path.mkdir(parents=True, exist_ok=True)
             with unfinished(self._path, "entry") as directory:
@@ -54,6 +98,11 @@ class Entries(CacheInterface):
             _log.warning(
                 "an executable cannot be kept, and the next start compiles it again: %s", error
             )
+
+    def remove(self, key: str) -> None:
+        """Forgets what was put there for `key`, if it can."""
+        with contextlib.suppress(OSError):
+            self._file(key).unlink()
 
     def _file(self, key: str) -> Path:
         return self._path / f"{key}.compiled"

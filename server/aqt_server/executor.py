@@ -5,6 +5,7 @@ All of this blocks and belongs in a thread. Nothing here knows of requests.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import time
@@ -17,12 +18,15 @@ import jax
 import numpy as np
 
 from aqt_engine import bundle, proof
-from aqt_engine.bundle import Arrays, Bundle, Manifest
+from aqt_engine.bundle import Arrays, Bundle, BundleError, Manifest
 from aqt_engine.execution import Mode, Program, tile_buckets
 from aqt_engine.layout import Layout
 from aqt_engine.manifest import LengthBucket
+from aqt_engine.restoration import NotRestoredError
+from aqt_server import kept
 from aqt_server.distributions import Distribution, distributions
-from aqt_server.memory import Memory, told, workspace
+from aqt_server.kept import Executable, Kept, Records
+from aqt_server.memory import Memory, NoMemoryError, told, workspace
 
 _log = logging.getLogger(__name__)
 _AT_ANY_TIME = contextlib.nullcontext()
@@ -48,21 +52,33 @@ class Executor:
         kernel: bool = True,
         layout: Layout = Layout(),
         program: Callable[..., Program] = Program,
+        records: Records | None = None,
+        restored: Kept | None = None,
     ):
         manifest = loaded.manifest
         arrays = itertools.chain(manifest.inputs, manifest.outputs, manifest.weights)
         self._in_64_bits = any(np.dtype(spec.dtype).itemsize == 8 for spec in arrays)
+        self.executables: tuple[Executable, ...] = ()
+        """Where its executables lie, if `records` keep them."""
+        packed = {"packed": restored.packed} if restored else {}
         with jax.enable_x64(self._in_64_bits):
             self._program = program(
-                loaded, max_rows=max_batch_rows, mode=mode, kernel=kernel, layout=layout
+                loaded, max_rows=max_batch_rows, mode=mode, kernel=kernel, layout=layout, **packed
             )
-            for length_bucket in manifest.length_buckets:
-                for bucket in self._program.buckets:
-                    self._program.compile(bucket, length_bucket)
+            if restored:
+                self.executables = restored.executables
+            elif records:
+                self.executables = records.compile(self._program)
+            else:
+                for length_bucket in manifest.length_buckets:
+                    for bucket in self._program.buckets:
+                        self._program.compile(bucket, length_bucket)
         self.bucket_rows = tuple(b * manifest.tile for b in self._program.buckets)
         """Numbers of rows that are computed at once, ascending; others are padded to the next."""
-        self.workspace_nbytes = self._program.workspace_nbytes
+        self.workspace_nbytes = (restored or self._program).workspace_nbytes
         """Bytes beside the weights that it computes in."""
+        self.packed = self._program.packed
+        """The weights that it keeps packed."""
         self.kernel = self._program.kernel
         """The instruction set of the int8 kernel that it computes with; None without one."""
 
@@ -99,9 +115,18 @@ class Executor:
                     break
         return Proof(passed=passed, failed=tuple(failed), whole=not stopped)
 
+    def replay(self, loaded: Bundle, *, most: int | None = None) -> "Proof":
+        """The witness in every executable, or its first `most` trials, which need no graphs."""
+        rows = self._program.max_rows
+        needed = proof.executables(loaded.manifest, loaded.witnesses, rows)
+        with jax.enable_x64(self._in_64_bits):
+            trials = self._of_witness(loaded, rows)
+            tried = list(itertools.islice(trials, needed if most is None else most))
+        failed = tuple(f"{trial}, it is {verdict}" for trial, verdict in tried if not verdict.exact)
+        return Proof(passed=len(tried) - len(failed), failed=failed, whole=False)
+
     def _trials(self, loaded: Bundle, rows: int) -> Iterator[proof.Trial]:
-        witnesses = loaded.witnesses
-        yield from proof.of_witnesses(self._program, loaded.manifest, witnesses, rows=rows)
+        yield from self._of_witness(loaded, rows)
         of_graph = proof.tile_by_tile(loaded)
 
         def reference(length_bucket: LengthBucket, inputs: Arrays) -> Arrays:
@@ -109,7 +134,10 @@ class Executor:
             with self._program.set_aside(loaded):
                 return of_graph(length_bucket, inputs)
 
-        yield from proof.of_random_inputs(self._program, reference, witnesses)
+        yield from proof.of_random_inputs(self._program, reference, loaded.witnesses)
+
+    def _of_witness(self, loaded: Bundle, rows: int) -> Iterator[proof.Trial]:
+        return proof.of_witnesses(self._program, loaded.manifest, loaded.witnesses, rows=rows)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +163,8 @@ class Loaded:
     """A version that is ready to compute.
 
     `exact` says whether it is in mode exact and was proved here; `verdict` says so in a sentence.
-    `distributions` are those of its weights, if they were asked for.
+    `distributions` are those of its weights, if they were asked for. Where the verdict is one of an
+    earlier start, `replay` computes the witness once more in every executable.
     """
 
     executor: Executor
@@ -144,6 +173,7 @@ class Loaded:
     exact: bool
     verdict: str
     distributions: Mapping[str, Distribution]
+    replay: Callable[[], Proof] | None = None
 
 
 def load(
@@ -158,6 +188,7 @@ def load(
     program: Callable[..., Program] = Program,
     turn: AbstractContextManager[Any] = _AT_ANY_TIME,
     described: bool = False,
+    records: Records | None = None,
 ) -> Loaded:
     """The bundle at `path`, compiled for every bucket up to `max_batch_rows` and proved.
 
@@ -165,7 +196,9 @@ def load(
     more than the witness in each executable. What it takes of `memory` is estimated before its
     files are read, and known when it is compiled. A version that is not exact with the int8 kernel
     is computed without it. `program` makes the program, which is compiled and proved within `turn`.
-    With `described`, its weights are looked through for how they are distributed.
+    With `described`, its weights are looked through for how they are distributed. One on one device
+    that is exact is kept in `records`; one that they have, the same in all that decides about its
+    bits, is neither compiled nor proved again, but for the first trial.
 
     Raises:
       NoMemoryError: it takes more than there is.
@@ -175,6 +208,13 @@ def load(
     manifest = bundle.read_manifest(path)
     most_rows = tile_buckets(max_batch_rows, manifest.tile, layout)[-1] * manifest.tile
     memory.check(manifest, workspace=workspace(manifest, most_rows))
+    alone = layout.devices == 1 and program is Program and mode is Mode.EXACT
+    buckets = tile_buckets(max_batch_rows, manifest.tile, layout)
+    of = kept.identity(manifest, buckets) if records and alone else None
+    if records and of and (earlier := records.find(of, proof_s=proof_s)):
+        found = _restored(path, manifest, earlier, records, max_batch_rows, memory, described)
+        if found:
+            return found
 
     def proved(kernel: bool) -> tuple[Executor, Proof]:
         made = Executor(
@@ -184,6 +224,7 @@ def load(
             kernel=kernel,
             layout=layout,
             program=program,
+            records=records if of else None,
         )
         memory.check(manifest, workspace=made.workspace_nbytes, placed=True)
         return made, made.prove(loaded, more_s=proof_s if mode is Mode.EXACT else 0)
@@ -198,6 +239,19 @@ def load(
                 )
                 del executor
                 executor, found = proved(kernel=False)
+    # Its files may have been replaced since its manifest was read.
+    if records and of and executor.executables and not found.failed and loaded.manifest == manifest:
+        records.keep(
+            Kept(
+                of=of,
+                executables=executor.executables,
+                packed_weights=kept.packed_weights(executor.packed),
+                workspace_nbytes=executor.workspace_nbytes,
+                trials=found.passed,
+                whole=found.whole,
+                proof_s=proof_s,
+            )
+        )
     found_in_weights = distributions(loaded) if described else {}
     if mode is Mode.FAST:
         verdict = f"fast: bits may differ with the batch; tried on the witness, {found}"
@@ -222,4 +276,61 @@ def load(
         exact=not found.failed,
         verdict=str(found),
         distributions=found_in_weights,
+    )
+
+
+def _restored(
+    path: Path,
+    manifest: Manifest,
+    earlier: Kept,
+    records: Records,
+    max_batch_rows: int,
+    memory: Memory,
+    described: bool,
+) -> Loaded | None:
+    """The version at `path`, as an `earlier` start proved it; None where it has to be proved anew.
+
+    Raises:
+      BundleError: its files are not those of its manifest.
+      NoMemoryError: it takes more than there is.
+    """
+    try:
+        with told():
+            loaded = bundle.load(path, with_graphs=False)
+            if loaded.manifest != manifest:
+                raise NotRestoredError("its files were replaced meanwhile")
+            program = functools.partial(kept.Restored, values=records.values(earlier))
+            executor = Executor(
+                loaded, max_batch_rows=max_batch_rows, program=program, restored=earlier
+            )
+            memory.check(manifest, workspace=executor.workspace_nbytes, placed=True)
+            first = executor.replay(loaded, most=1)
+            if first.failed:
+                raise NotRestoredError(f"the witness does not reproduce: {first.failed[0]}")
+    except (BundleError, NoMemoryError, OSError):
+        raise
+    except Exception as error:
+        # Whatever is wrong with what was kept, it can be made again.
+        records.forget(earlier.of)
+        _log.warning("%s is compiled and proved anew, not as it was kept: %s", path, error)
+        return None
+
+    def replay() -> Proof:
+        try:
+            found = executor.replay(loaded)
+        except NotRestoredError as error:
+            found = Proof(passed=0, failed=(str(error),), whole=False)
+        if found.failed:
+            records.forget(earlier.of)
+        return found
+
+    found = Proof(passed=earlier.trials, failed=(), whole=earlier.whole)
+    return Loaded(
+        executor=executor,
+        manifest=manifest,
+        mode=Mode.EXACT,
+        exact=True,
+        verdict=f"{found}, at an earlier start",
+        distributions=distributions(loaded) if described else {},
+        replay=replay,
     )

@@ -12,6 +12,7 @@ from aqt_engine.layout import Layout
 from aqt_server import executor
 from aqt_server.directory import Key, OutsideError
 from aqt_server.hosts import Leader
+from aqt_server.kept import Records
 from aqt_server.memory import Memory, NoMemoryError, available
 from aqt_server.settings import Settings
 from aqt_server.source import Source
@@ -62,14 +63,18 @@ class Loader:
         self._available = available
         self._leader = leader
         self._layout = layout
+        # One that may be inexact has to be proved each time, as it is served whatever comes of it.
+        exact = not settings.models.allow_inexact
+        self._records = Records(settings.models.compilation_cache) if exact else None
         self._described = settings.observe.status_page
         self._max_batch_rows = settings.batching.max_batch_rows
         self._loads = 0
         self._thread = _thread()
+        self._replaying = ThreadPoolExecutor(max_workers=1, thread_name_prefix="replay")
 
     @property
     def loading(self) -> bool:
-        """Whether a thread is loading a version."""
+        """Whether a thread is loading a version, or computes a witness again."""
         return self._loads > 0
 
     async def load(self, key: Key, *, held: int) -> executor.Loaded:
@@ -82,6 +87,19 @@ class Loader:
         try:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._thread, self._load, key, held)
+        finally:
+            self._loads -= 1
+
+    async def replay(self, replay: Callable[[], executor.Proof]) -> executor.Proof:
+        """What comes of the replay of a version, beside loads and what is computed.
+
+        Raises:
+          Exception: it could not be computed.
+        """
+        self._loads += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._replaying, replay)
         finally:
             self._loads -= 1
 
@@ -115,6 +133,7 @@ class Loader:
             proof_s=models.proof_s,
             memory=Memory(limit=self._memory_limit, held=held, available=self._available),
             described=self._described,
+            records=self._records,
         )
 
 

@@ -15,6 +15,7 @@ version whose files were replaced is loaded anew and swapped when ready.
 
 import asyncio
 import collections
+import dataclasses
 import logging
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
@@ -31,7 +32,7 @@ from aqt_server.errors import (
     NotServable,
     OutOfMemory,
 )
-from aqt_server.executor import Loaded
+from aqt_server.executor import Loaded, Proof
 from aqt_server.hosts import Leader
 from aqt_server.listing import Listing
 from aqt_server.loader import Loader, Outcome, outcome_of
@@ -373,6 +374,34 @@ class Repository:
         _log.info("ready %s version %d, mode %s, %s", name, version, loaded.mode, loaded.verdict)
         if serving:
             self._drain(serving)
+        if loaded.replay:
+            task = asyncio.create_task(self._replay(key, servable, loaded.replay))
+            self._changes.add(task)
+            task.add_done_callback(self._changes.discard)
+
+    async def _replay(self, key: Key, servable: Servable, replay: Callable[[], Proof]) -> None:
+        """Computes the witness of a version again, whose verdict is one of an earlier start.
+
+        If it does not reproduce, the version answers nothing more.
+        """
+        try:
+            found = await self._loader.replay(replay)
+        except Exception as error:
+            _log.warning("the witness of %s version %d is not computed again: %s", *key, error)
+            return
+        if not found.failed:
+            _log.info("the witness of %s version %d, computed again, is %s", *key, found)
+            return
+        reason = f"it was exact at an earlier start and is not now: {found.failed[0]}"
+        _log.error("%s version %d: %s", *key, reason)
+        self.loads[key[0], Outcome.INEXACT] += 1
+        entry = self._entries.get(key)
+        if entry and entry.servable is servable:
+            self._entries[key] = dataclasses.replace(
+                entry, state=State.UNAVAILABLE, reason=reason, servable=None
+            )
+            # What it has accepted would be answered with the same executables.
+            self._drain(servable, grace_s=0)
 
     def _held(self) -> int:
         """Bytes that versions hold, those too that are on their way out."""
@@ -388,9 +417,10 @@ class Repository:
         done.set_result(True)
         return done
 
-    def _drain(self, servable: Servable) -> asyncio.Task[bool]:
+    def _drain(self, servable: Servable, *, grace_s: float | None = None) -> asyncio.Task[bool]:
         _log.info("unloading %s version %d", servable.name, servable.version)
-        task = asyncio.create_task(servable.close(self._settings.batching.drain_s))
+        grace_s = self._settings.batching.drain_s if grace_s is None else grace_s
+        task = asyncio.create_task(servable.close(grace_s))
         self._draining[task] = servable
 
         def drained(done: asyncio.Task[bool]) -> None:

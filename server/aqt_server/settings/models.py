@@ -84,8 +84,9 @@ class Models:
         Path,
         Field(
             title="DIR",
-            description="compiled executables, so that a restart does not compile again; put it on "
-            "a volume that outlives the container. It is trusted: only the server may write there",
+            description="compiled executables, and what was proved with them, so that a restart "
+            "does neither again; put it on a volume that outlives the container. It is trusted: "
+            "only the server may write there",
         ),
     ] = Path("~/.cache/aqt/compiled")
 
