@@ -43,6 +43,8 @@ from aqt_server.settings import ModelControl, Settings
 from aqt_server.source import Source
 
 _log = logging.getLogger(__name__)
+REPLAY_AFTER_S = 1.0
+"""Until the witness is computed again, of a version whose verdict is one of an earlier start."""
 
 
 class Repository:
@@ -384,6 +386,8 @@ class Repository:
 
         If it does not reproduce, the version answers nothing more.
         """
+        # First what has waited for the server is answered.
+        await asyncio.sleep(REPLAY_AFTER_S)
         try:
             found = await self._loader.replay(replay)
         except Exception as error:

@@ -12,14 +12,13 @@ import pytest
 from aqt_engine import bundle
 from aqt_engine.execution import Mode, Program
 from aqt_engine.restoration import NotRestoredError
-from aqt_server import executor, kept
+from aqt_server import executor, kept, repository
 from aqt_server.compiled import Entries, given
 from aqt_server.entry import State
 from aqt_server.errors import NotServable
 from aqt_server.loader import Outcome
 from aqt_server.memory import Memory
 from aqt_server.policies import Policies
-from aqt_server.repository import Repository
 from aqt_server.settings import Models, Settings
 from aqt_server.source import open_source
 from bundles import FEATURES, write_linear
@@ -220,31 +219,32 @@ def test_a_version_that_is_not_exact_any_more_answers_nothing(path, records, mon
         return found if most else dataclasses.replace(found, failed=("with the first rows, no",))
 
     monkeypatch.setattr(executor.Executor, "replay", wrong_at_last)
+    monkeypatch.setattr(repository, "REPLAY_AFTER_S", 0)
     root = str(path.parent.parent)
     settings = Settings(models=Models(model_repository=root, proof_s=0,
                                       compilation_cache=Path(shared_cache())))  # fmt: skip
 
-    async def served():
-        repository = Repository(settings, open_source(root, tmp), Policies(None))
+    async def states_of():
+        served = repository.Repository(settings, open_source(root, tmp), Policies(None))
         ready = asyncio.Event()
         states = []
 
         async def settled():
-            states.append(repository.known()[0].state)
+            states.append(served.known()[0].state)
             ready.set()
 
-        watching = asyncio.create_task(repository.watch(settled))
+        watching = asyncio.create_task(served.watch(settled))
         await asyncio.wait_for(ready.wait(), WAIT_S)
         async with asyncio.timeout(WAIT_S):
-            while not repository.loads["linear", Outcome.INEXACT]:
+            while not served.loads["linear", Outcome.INEXACT]:
                 await asyncio.sleep(0.01)
         with pytest.raises(NotServable, match="was exact at an earlier start and is not now"):
-            repository.get("linear", "")
-        states.append(repository.known()[0].state)
+            served.get("linear", "")
+        states.append(served.known()[0].state)
         watching.cancel()
-        assert await repository.close()
+        assert await served.close()
         return states
 
     tmp = path.parent.parent
-    assert asyncio.run(served()) == [State.READY, State.UNAVAILABLE]
+    assert asyncio.run(states_of()) == [State.READY, State.UNAVAILABLE]
     assert records.find(of(path, rows=64), proof_s=0) is None
