@@ -35,9 +35,10 @@ def answered(server, model=MODEL):
 
 
 def test_exact_is_the_default_and_more_is_tried_in_the_time_that_there_is(tmp_path):
-    write_linear(tmp_path / "r" / MODEL / "1")
+    # One that no other test has had proved.
+    write_linear(tmp_path / "r" / MODEL / "1", seed=77)
     verdicts = []
-    for seconds in ("0", "60"):
+    for seconds in ("0", "60", "60"):
         with serving(tmp_path / "r", "--proof-s", seconds, log=tmp_path / "log") as server:
             assert answered(server) == ("exact", True)
             found = told(server, MODEL)
@@ -46,6 +47,7 @@ def test_exact_is_the_default_and_more_is_tried_in_the_time_that_there_is(tmp_pa
     assert verdicts[0] == "exact: no bit differs in 7 trials, and then time was up"
     # The witness in 20 manners; random inputs in those, shuffled, and beside 5 kinds of padding.
     assert verdicts[1] == "exact: no bit differs in 46 trials"
+    assert verdicts[2] == "exact: no bit differs in 46 trials, at an earlier start"
 
 
 def test_mode_fast_says_so_everywhere(tmp_path):
