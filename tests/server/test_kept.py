@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import itertools
+import secrets
 from pathlib import Path
 
 import jax
@@ -27,7 +28,8 @@ from engine.contractions import assert_same_bits
 from server_process import WAIT_S
 
 EARLIER = "at an earlier start"
-SEEDS = itertools.count(1000)
+# Others, at the same time or before, share the directory in which things are kept.
+SEEDS = itertools.count(secrets.randbits(48))
 
 
 @pytest.fixture
