@@ -11,7 +11,9 @@ with batch axes, and those of a graph for any number of rows are left to XLA.
 Only contractions that stand apart (`materialized_on_cpu` on both sides) are replaced. Around others
 XLA would compile the float operations otherwise than around a contraction of its own: it reads and
 writes them in another shape and layout, and in another loop a product and a sum become one fused
-operation or two, which round once or twice.
+operation or two, which round once or twice. Then the calls of the identity go: nothing can be seen
+through the kernel either, nor through a scale that is read. What moves its left operand first keeps
+its call, since a transposition would be compiled into what is before it.
 """
 
 import dataclasses
@@ -89,6 +91,9 @@ def substituted(graph: export.Exported, weights: int) -> Substituted:
                 packed[index] = packing
                 size = _put_kernel(argument, [site for site in sites if site])
                 avals[index] = avals[index].update(shape=(size,), dtype=np.dtype(np.int8))
+            elif index < weights:
+                # A scale that is read stands apart from what uses it by itself.
+                _bypass_identities(argument, by=argument)
         types = ir.FunctionType.get([a.type for a in arguments], main.type.results)
         main.attributes["function_type"] = ir.TypeAttr.get(types)
         module.operation.verify()
@@ -164,7 +169,10 @@ def _replace(site: _Site, weight: Value, depth: int, columns: int) -> None:
         contracted = tuple(site.numbers.lhs_contracting_dimensions)
         rank = len(_shape(lhs))
         order = [*(a for a in range(rank) if a not in contracted), *contracted]
-        if order != list(range(rank)):
+        if order == list(range(rank)):
+            # What is behind the identity can see the kernel no more than it.
+            lhs = _materialized_from(lhs)
+        else:
             lhs = stablehlo.transpose(lhs, ir.DenseI64ArrayAttr.get(order))
         sizes = {"depth": depth, "columns": columns}
         i64 = ir.IntegerType.get_signless(64)
@@ -180,8 +188,12 @@ def _replace(site: _Site, weight: Value, depth: int, columns: int) -> None:
             operand_layouts=ir.ArrayAttr.get([_row_major(rank), _row_major(1)]),
             result_layouts=ir.ArrayAttr.get([_row_major(len(_shape(dot.result)))]),
         )
+        _bypass_identities(dot.result, by=call.result)
         dot.result.replace_all_uses_with(call.result)
+        left = dot.operands[0].owner
         dot.operation.erase()
+        if not list(left.results[0].uses):
+            left.erase()
 
 
 def _comes_materialized(value: Value) -> bool:
@@ -205,12 +217,46 @@ def _goes_materialized(value: Value) -> bool:
     return True
 
 
+def _materialized_from(value: Value) -> Value:
+    """What the identity was called with that gives `value`."""
+    made = value.owner
+    identity = made if _is_identity(made) else next(_identities_chosen(made))
+    return identity.operands[0]
+
+
+def _bypass_identities(value: Value, by: Value) -> None:
+    """Puts `by` in the place of what calls of the identity with `value` give."""
+    # A choice by platform uses it in several branches.
+    seen: list[Any] = []
+    for use in value.uses:
+        user: Any = use.owner.operation
+        choice = user.parent if user.parent.name == "stablehlo.case" else None
+        if choice is None and _is_identity(user):
+            seen.append(user)
+        elif choice is None or choice in seen:
+            continue
+        elif user.name == "stablehlo.return" or _chooses_identity(choice):
+            seen.append(choice)
+    for op in seen:
+        if op.name == "func.call" or any(i.operands[0] == value for i in _identities_chosen(op)):
+            op.results[0].replace_all_uses_with(by)
+            op.erase()
+        elif not _chooses_identity(op):
+            _bypass_identities(op.results[0], by=op.results[0])
+
+
 def _chooses_identity(op: Any) -> bool:
     """Whether `op` chooses by platform, and on one of them calls the identity."""
-    if op.name != "stablehlo.case":
-        return False
-    ends = [list(region.blocks[0].operations)[-1] for region in op.operation.regions]
-    return any(_is_identity(end.operands[0].owner) for end in ends)
+    return op.name == "stablehlo.case" and any(_identities_chosen(op))
+
+
+def _identities_chosen(case: Any) -> Iterator[Any]:
+    """The calls of the identity that are all that branches of `case` do."""
+    for region in case.operation.regions:
+        end = list(region.blocks[0].operations)[-1]
+        made = end.operands[0].owner
+        if _is_identity(made):
+            yield made
 
 
 def _is_identity(op: Any) -> bool:

@@ -114,14 +114,21 @@ def quantize_forward(
     key: Key,
     scale: Scale | None = None,
 ) -> tuple[QTensor, Gradient]:
-    """As `quantize`, and what follows is compiled as behind a scale that is stored.
+    """As `quantize`, and all that uses the scale is compiled as behind a scale that is stored.
 
     For what is served, and so not for a backward pass. A constant is one wherever it stands.
     """
-    q, gradient = quantize(tensor, x, contracting, batch, key, scale)
-    if q.scale is None or isinstance(tensor.calibration, ConstantCalibration):
-        return q, gradient
-    return dataclasses.replace(q, scale=materialized(q.scale)), gradient
+    quantizer = tensor.quantizer(key)
+    if not tensor.is_quantized or isinstance(tensor.calibration, ConstantCalibration):
+        return quantize(tensor, x, contracting, batch, key, scale)
+    if scale is None:
+        shared = tensor.shared_by(x.ndim, contracting, batch)
+        found = quantizer.calibrate(jnp.asarray(x), calibration_axes=shared)
+    else:
+        found: Scale = jax.tree.map(lax.stop_gradient, scale)
+    # Before its inverse is taken, too: one thing after the other, which XLA:CPU then computes in
+    # one thread, and does not wake another for.
+    return quantizer.quant_with(dataclasses.replace(found, scale=materialized(found.scale)), x)
 
 
 def as_forward_quantized(

@@ -17,7 +17,7 @@ from aqt_engine.kernels import library
 from aqt_engine.kernels.contraction import int8_matmul
 from aqt_engine.kernels.packing import pack, packed_size
 from aqt_engine.kernels.substitution import Packing, substituted
-from aqt_engine.materialization import materialized_on_cpu
+from aqt_engine.materialization import materialized, materialized_on_cpu
 from bundles import FEATURES, write_linear
 from compiled_kernel import why_no_kernel
 from engine.contractions import assert_same_bits
@@ -187,6 +187,25 @@ def test_a_graph_with_the_kernel_gives_the_same_integers(forward, x, w, packing)
     weight = packing(w) if packing else w
     answer = jax.jit(found.graph.call)([weight], [x])
     np.testing.assert_array_equal(answer, jax.jit(graph.call)([w], [x]))
+
+
+@needs_a_kernel
+def test_what_is_read_and_what_the_kernel_computes_need_no_call():
+    def forward(weights, inputs):
+        w, scale = weights
+        sums = contraction((((1,), (0,)), ((), ())))(inputs[0], w)
+        return sums * materialized(scale) + materialized(inputs[0].sum() * scale)
+
+    structs = [jax.ShapeDtypeStruct((6, 5), jnp.int8), jax.ShapeDtypeStruct((5,), jnp.float32)]
+    x = jax.ShapeDtypeStruct((3, 6), jnp.int8)
+    graph = export.export(jax.jit(forward), platforms=("cpu", "tpu"))(structs, [x])
+    found = substituted(graph, 2)
+    text = found.graph.mlir_module()
+    call = "call @aqt_materialize"
+    assert (graph.mlir_module().count(call), text.count(call)) == (4, 1)
+    w, scale, x = int8(6, 5), np.float32(RNG.normal(size=5)), int8(3, 6)
+    answer = jax.jit(found.graph.call)([pack(w), scale], [x])
+    assert_same_bits(answer, jax.jit(graph.call)([w, scale], [x]))
 
 
 @pytest.fixture
