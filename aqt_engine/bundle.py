@@ -46,7 +46,7 @@ from aqt_engine.files import (
 from aqt_engine.files import BundleError as BundleError
 from aqt_engine.foreign_code import foreign_calls
 from aqt_engine.manifest import BATCH as BATCH
-from aqt_engine.manifest import MANIFEST_FORM, bucket_name
+from aqt_engine.manifest import MANIFEST_FORM, Axes, bucket_name
 from aqt_engine.manifest import LengthBucket as LengthBucket
 from aqt_engine.manifest import Manifest as Manifest
 from aqt_engine.manifest import Role as Role
@@ -120,6 +120,7 @@ def write(
     tile: int,
     weights: Mapping[str, np.ndarray[Any, Any]],
     roles: Mapping[str, Role],
+    axes: Mapping[str, Axes] = _NONE,
     float_nbytes: int,
     tools: Mapping[str, str],
     witness: Witness | Mapping[LengthBucket, Witness],
@@ -140,8 +141,8 @@ def write(
     rows, and `not_batched` says why there are none. With `lengths`, the sizes of each symbolic
     dimension, `graph` and `witness` are one for each length bucket. `quantized` says by which
     configuration tensors of the weights were made, by the names of their parts without `/qvalue` or
-    `/scale`. `check` is given the bundle as a reader will load it, before it becomes visible; what
-    it raises leaves nothing behind.
+    `/scale`; `axes` are the names of the axes of weights. `check` is given the bundle as a reader
+    will load it, before it becomes visible; what it raises leaves nothing behind.
 
     Raises:
       FileExistsError: something already stands at `path`; a version is never overwritten.
@@ -187,7 +188,9 @@ def write(
             portable=portable,
             not_batched=not_batched,
             weights=tuple(
-                WeightSpec(name=k, dtype=v.dtype.name, shape=v.shape, role=roles[k])
+                WeightSpec(
+                    name=k, dtype=v.dtype.name, shape=v.shape, role=roles[k], axes=axes.get(k)
+                )
                 for k, v in weights.items()
             ),
             provenance=Provenance.of(quantized),
@@ -381,7 +384,12 @@ def _check_witness(root: Path, manifest: Manifest, bucket: LengthBucket, witness
 
 
 def _dump(manifest: Manifest) -> str:
-    document = {"format_version": FORMAT_VERSION} | dataclasses.asdict(manifest)
+    document: dict[str, Any] = dataclasses.asdict(manifest)
+    document["format_version"] = FORMAT_VERSION
+    for weight in document["weights"]:
+        # Readers of before know no names of axes, and read a bundle that has none.
+        if weight["axes"] is None:
+            del weight["axes"]
     # Through JSON once, so that what is digested is what a reader will have parsed.
     document = json.loads(json.dumps(document))
     return json.dumps(document | {"digest": _canonical_digest(document)}, indent=1)

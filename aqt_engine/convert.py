@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqt_engine import bundle, graphs, portability, proof, tiles
+from aqt_engine import bundle, graphs, named_axes, portability, proof, tiles
 from aqt_engine.bundle import Arrays, Bundle
 from aqt_engine.convertible import ConversionError as ConversionError
-from aqt_engine.convertible import Convertible, Leaf, LinenModel, ModelFactory, Serving
+from aqt_engine.convertible import Convertible, Leaf, LinenModel, ModelFactory, Serving, leaves_of
 from aqt_engine.convertible import Stored as Stored
 from aqt_engine.execution import Program
 from aqt_engine.functions import QuantizedFunction
 from aqt_engine.functions.folding import Function as Function
-from aqt_engine.manifest import LengthBucket
+from aqt_engine.manifest import Axes, LengthBucket
 from aqt_engine.provenance import Quantized
 from aqt_engine.rows import Op, counting, first_mixing, mixing
 from aqt_engine.signature import Signature as Signature
@@ -83,7 +83,8 @@ def convert(
 
     on_stage("Quantizing the weights")
     first = signature.witness(inputs, signature.buckets[0], DEFAULT_TILE)
-    serving = model.serving(variables, {k: a[:DEFAULT_TILE] for k, a in first.items()})
+    at_once = {k: a[:DEFAULT_TILE] for k, a in first.items()}
+    serving = model.serving(variables, at_once)
 
     costs: Mapping[int, tiles.TileCost] = {}
     if not isinstance(tile, int):
@@ -147,6 +148,7 @@ def convert(
         portable=portable,
         weights={leaf.name: np.asarray(leaf.value) for leaf in made.weights},
         roles={leaf.name: leaf.role for leaf in made.weights},
+        axes=_axes(model.axes(variables, at_once), leaves_of(variables), made.weights),
         float_nbytes=sum(leaf.nbytes for leaf in jax.tree.leaves(variables)),
         tools={name: importlib.metadata.version(name) for name in ("aqt-engine", "jax", "flax")},
         witness=witnesses,
@@ -176,6 +178,19 @@ def _of_weights(
     """Of tensors that a weight is a part of: others are stored and not served."""
     tensors = {leaf.name.rpartition("/")[0] for leaf in weights if leaf.role != "float"}
     return {name: by for name, by in quantized.items() if name in tensors}
+
+
+def _axes(
+    axes: Mapping[str, Axes], variables: Sequence[Leaf], weights: Sequence[Leaf]
+) -> dict[str, Axes]:
+    """The names of the axes of weights, where `axes` are those of variables."""
+    if not axes:
+        return {}
+    stored = {leaf.name: leaf.value for leaf in weights if leaf.role == "qvalue"}
+    trained = {leaf.name: leaf.value for leaf in variables}
+    axes = {name: of for name, of in axes.items() if name in trained}
+    float_ = {leaf.name: axes[leaf.name] for leaf in weights if leaf.name in axes}
+    return {**float_, **named_axes.of_stored(stored, trained, axes)}
 
 
 def as_convertible(model: ModelFactory | Convertible | QuantizedFunction) -> Convertible:

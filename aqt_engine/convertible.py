@@ -4,16 +4,21 @@
 """
 
 import abc
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import DenyList
+from flax.core import DenyList, meta
+from flax.errors import FlaxError
+from flax.linen.spmd import logical_to_mesh_axes
 
-from aqt_engine.manifest import Role
+from aqt_engine import named_axes
+from aqt_engine.manifest import Axes, Role
 from aqt_engine.modes import QuantMode
 from aqt_engine.provenance import Quantized
 from aqt_engine.qtensor import QTensor, Scale
@@ -54,20 +59,21 @@ class Serving:
 def leaves_of(variables: Any) -> list[Leaf]:
     """The arrays of `variables` in the order in which JAX flattens them, called after their places.
 
-    One array alone is called "weight".
+    One array alone is called "weight". Boxes of metadata are left out.
     """
     leaves: list[Leaf] = []
-    for path, value in jax.tree_util.tree_flatten_with_path(variables, is_leaf=_is_stored)[0]:
+    for path, found in jax.tree_util.tree_flatten_with_path(variables, is_leaf=_is_leaf)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/") or "weight"
+        value = _of_box(found)
         if not _is_stored(value):
             leaves.append(Leaf(name=name, value=value, role="float"))
             continue
         if isinstance(value, QTensor):
-            leaves.append(Leaf(name=f"{name}/qvalue", value=value.qvalue, role="qvalue"))
+            leaves.append(Leaf(name=f"{name}/qvalue", value=_of_box(value.qvalue), role="qvalue"))
         if value.scale is not None:
-            leaves.append(Leaf(name=f"{name}/scale", value=value.scale, role="scale"))
+            leaves.append(Leaf(name=f"{name}/scale", value=_of_box(value.scale), role="scale"))
         if value.bias is not None:
-            leaves.append(Leaf(name=f"{name}/bias", value=value.bias, role="bias"))
+            leaves.append(Leaf(name=f"{name}/bias", value=_of_box(value.bias), role="bias"))
     return leaves
 
 
@@ -88,6 +94,14 @@ class Convertible(abc.ABC):
         Raises:
           ConversionError: nothing is quantized, or statistics are missing.
         """
+
+    def axes(self, variables: Any, inputs: Inputs) -> Mapping[str, Axes]:
+        """The names of the axes of `variables`, of those that have such, as `leaves_of` calls them.
+
+        They are those of the mesh that a variable lies on, unless a model knows more.
+        """
+        named = ((leaf.name, named_axes.of_array(leaf.value)) for leaf in leaves_of(variables))
+        return {name: axes for name, axes in named if axes}
 
     @abc.abstractmethod
     def calibrated(self, variables: Any, batches: Iterable[Inputs]) -> Any:
@@ -123,6 +137,30 @@ class LinenModel(Convertible):
             return module.apply(jax.tree.unflatten(tree, values), inputs, method=_call)
 
         return Serving(leaves=leaves_of(everything), forward=forward, quantized=quantized)
+
+    def axes(self, variables: Any, inputs: Inputs) -> Mapping[str, Axes]:
+        """Those of boxes: `nn.with_partitioning`, and logical ones by the rules that hold here.
+
+        Variables that were unboxed, as those of most checkpoints, have them as the model says.
+        """
+        found = dict(Convertible.axes(self, variables, inputs))
+        boxed = [*_boxes(self._initial(inputs)), *_boxes(variables)]
+        for path, box in boxed:
+            names = box.names
+            if isinstance(box, nn.LogicallyPartitioned):
+                rules = box.rules or nn.get_logical_axis_rules()
+                names = logical_to_mesh_axes(names, rules) if rules else names
+            if axes := named_axes.of_spec(names, _of_box(box).ndim):
+                found[jax.tree_util.keystr(path, simple=True, separator="/")] = axes
+        return found
+
+    def _initial(self, inputs: Inputs) -> Any:
+        """The shapes of fresh variables; none of a model that cannot be initialized so."""
+        module = self.factory(QuantMode.TRAIN)
+        with contextlib.suppress(FlaxError):
+            init = functools.partial(module.init, method=_call)
+            return jax.eval_shape(init, jax.random.key(0), dict(inputs))
+        return {}
 
     def calibrated(self, variables: Any, batches: Iterable[Inputs]) -> Any:
         """`variables` with the collection `aqt_statistics` as CALIBRATE leaves it."""
@@ -285,6 +323,20 @@ def _equal(name: str, before: Mapping[str, jax.Array], now: Mapping[str, jax.Arr
 
 def _is_qtensor(leaf: Any) -> bool:
     return isinstance(leaf, QTensor)
+
+
+def _boxes(tree: Any) -> list[tuple[Any, Any]]:
+    found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]
+    return [(path, box) for path, box in found if isinstance(box, nn.Partitioned)]
+
+
+def _is_leaf(leaf: Any) -> bool:
+    return _is_stored(leaf) or isinstance(leaf, meta.AxisMetadata)
+
+
+def _of_box(found: Any) -> Any:
+    """What is in a box of metadata, if it is one. Not unboxed, which could move it to a mesh."""
+    return jax.tree.leaves(found)[0] if isinstance(found, meta.AxisMetadata) else found
 
 
 def _is_stored(leaf: Any) -> bool:

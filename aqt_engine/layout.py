@@ -13,7 +13,7 @@ whatever turns from integers into floats, are whole on each device.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -76,15 +76,47 @@ class Layout:
         return Mesh(devices.reshape(self.copies, self.shards), (COPIES, SHARDS))
 
     def of_weight(self, mesh: Mesh, weight: WeightSpec) -> NamedSharding:
-        """Where a weight lies: an integer one in shards, along its first axis that they divide.
-
-        Of a kernel that is the contracted axis, so that each device has a part of every sum.
-        """
-        axis = None
-        if self.shards > 1 and weight.role == "qvalue" and "int" in weight.dtype:
-            axis = next((i for i, n in enumerate(weight.shape) if n % self.shards == 0), None)
+        """Where a weight lies: an integer one in shards along `axis_of`, others whole."""
+        axis = self.axis_of(weight)
         names = [SHARDS if i == axis else None for i in range(len(weight.shape))]
         return NamedSharding(mesh, PartitionSpec(*names))
+
+    def axis_of(self, weight: WeightSpec) -> int | None:
+        """The axis along which a weight is cut; None for one that each device holds whole.
+
+        It is the first that its trainer named, of those that the shards divide, or else the first
+        of all that they divide. Of a kernel that is the contracted one, so that each device has a
+        part of every sum. Along any other each has some of the sums, whole.
+        """
+        if self.shards == 1 or not _in_integers(weight):
+            return None
+        named = [i for i, name in enumerate(weight.axes or ()) if name]
+        order = (*named, *range(len(weight.shape)))
+        return next((i for i in order if weight.shape[i] % self.shards == 0), None)
+
+    def departures(self, weights: Iterable[WeightSpec]) -> list[str]:
+        """What is not cut along an axis that its trainer named, and what is done instead."""
+        if self.shards == 1:
+            return []
+        found: list[str] = []
+        for weight in weights:
+            named = {i: name for i, name in enumerate(weight.axes or ()) if name}
+            axis = self.axis_of(weight)
+            if not named or axis in named:
+                continue
+            names = " and ".join(f"axis {i} ({name})" for i, name in named.items())
+            instead = "each device holds it whole" if axis is None else f"axis {axis} is cut"
+            if not _in_integers(weight):
+                why = "it is in float, whose sums depend on how they are cut"
+            else:
+                sizes = " and ".join(str(weight.shape[i]) for i in named)
+                why = f"{self.shards} shards do not divide {sizes}"
+            found.append(f"of {weight.name}, {names}: {why}, so {instead}")
+        return found
+
+
+def _in_integers(weight: WeightSpec) -> bool:
+    return weight.role == "qvalue" and "int" in weight.dtype
 
 
 def replicating(graph: export.Exported, layout: Layout) -> export.Exported:

@@ -52,6 +52,9 @@ _STRICT = ConfigDict(strict=True, extra="forbid")
 _Size = Annotated[int, Field(ge=0)]
 _Seconds = Annotated[float, Field(gt=0)]
 _Pad = bool | int | float
+Axes = tuple[str | tuple[str, ...] | None, ...]
+"""For each axis of an array the name that its trainer gave it, or the names; None without one."""
+
 _NO_SIZES: Mapping[str, int] = {}
 _DtypeName = Annotated[str, AfterValidator(_known_dtype)]
 
@@ -86,6 +89,8 @@ class WeightSpec:
     """One array of the weights: its path in the model, its dtype and shape.
 
     `role` is "qvalue", "scale" or "bias" for a part of a quantized weight, "float" for the rest.
+    `axes` are the names of the axes, as in a PartitionSpec, of what was trained with such: those
+    along which it lay in shards, or which rules were to put there.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -94,6 +99,7 @@ class WeightSpec:
     dtype: _DtypeName
     shape: tuple[_Size, ...]
     role: Role
+    axes: Axes | None = None
 
     @property
     def bits(self) -> int:
@@ -214,6 +220,9 @@ def _consistent(manifest: Manifest) -> Manifest:
         raise ValueError("an input in `per_request` is not there, or has more axes than the rows")
     if not set(manifest.pads) <= {spec.name for spec in manifest.inputs}:
         raise ValueError("an input in `pads` is not there")
+    wrong = [w.name for w in manifest.weights if w.axes and len(w.axes) != len(w.shape)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} has not as many axes as `axes` names")
     manifest.provenance.check()
     tensors = {w.name.rpartition("/")[0] for w in manifest.weights if w.role != "float"}
     if not set(manifest.provenance.tensors) <= tensors:

@@ -1,5 +1,6 @@
 """Small bundles for tests that need one, made without training anything."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -8,11 +9,13 @@ import numpy as np
 from jax import export, lax
 
 from aqt_engine import bundle
+from aqt_engine.manifest import Axes
 from aqt_engine.materialization import materialized_on_cpu
 
 FEATURES = 6
 CLASSES = 4
 TILE = 4
+_UNNAMED: Mapping[str, Axes] = {}
 SPECS = {
     "inputs": (bundle.TensorSpec(name="x", dtype="float32", shape=(bundle.BATCH, FEATURES)),),
     "outputs": (bundle.TensorSpec(name="y", dtype="float32", shape=(bundle.BATCH, CLASSES)),),
@@ -32,7 +35,9 @@ def linear(weights, inputs):
     return [acc.astype(jnp.float32) * s * scale + bias]
 
 
-def write_linear(path: Path, *, seed: int = 0, wrong_witness: bool = False) -> bundle.Manifest:
+def write_linear(
+    path: Path, *, seed: int = 0, wrong_witness: bool = False, axes: Mapping[str, Axes] = _UNNAMED
+) -> bundle.Manifest:
     """Writes a bundle of `linear` at `path`, say `repository/linear/1`."""
     rng = np.random.default_rng(seed)
     weights = {
@@ -55,6 +60,7 @@ def write_linear(path: Path, *, seed: int = 0, wrong_witness: bool = False) -> b
         tile=TILE,
         weights=weights,
         roles={"kernel/qvalue": "qvalue", "kernel/scale": "scale", "bias": "float"},
+        axes=axes,
         float_nbytes=4 * (FEATURES * CLASSES + CLASSES),
         tools={"jax": jax.__version__},
         witness=bundle.Witness(inputs={"x": x}, outputs={"y": y}),

@@ -38,6 +38,7 @@ def _layers(manifest: "Manifest") -> list[dict[str, Any]]:
             "shape": list(layer.values.shape),
             "dtype": layer.values.dtype,
             "bits": layer.values.bits,
+            "axes": None if layer.values.axes is None else list(layer.values.axes),
             "scale_shape": None if layer.scale is None else list(layer.scale.shape),
             "bytes": layer.nbytes,
             "quantized": layer.quantized,
@@ -51,6 +52,12 @@ def _layers(manifest: "Manifest") -> list[dict[str, Any]]:
         }
         for layer in layers(manifest)
     ]
+
+
+def _axes(axes: list[Any] | None) -> str:
+    """In words: "- x model"; of one axis with several names, "data+model"."""
+    named = (["-"] if a is None else [a] if isinstance(a, str) else a for a in axes or ())
+    return " x ".join("+".join(names) for names in named)
 
 
 def _document(bundle: Path, manifest: "Manifest") -> dict[str, Any]:
@@ -98,7 +105,11 @@ def _print(bundle: Path, manifest: "Manifest") -> None:
         table.add_column(column, justify="right")
     for column in ("numerics", "calibration"):
         table.add_column(column, overflow="fold")
-    for layer in _layers(manifest):
+    layers = _layers(manifest)
+    named = any(layer["axes"] for layer in layers)
+    if named:
+        table.add_column("axes", overflow="fold")
+    for layer in layers:
         by = layer["quantized_by"]
         table.add_row(
             layer["layer"],
@@ -109,6 +120,7 @@ def _print(bundle: Path, manifest: "Manifest") -> None:
             f"{layer['bytes']:,}",
             by["numerics"] if by else "",
             by["calibration"] if by else "",
+            *([_axes(layer["axes"])] if named else []),
             style="" if layer["quantized"] else "dim",
         )
     console.print(table)

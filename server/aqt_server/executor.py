@@ -29,6 +29,7 @@ from aqt_server.kept import Executable, Kept, Records
 from aqt_server.memory import Memory, NoMemoryError, told, workspace
 
 _log = logging.getLogger(__name__)
+_TOLD = 5
 _AT_ANY_TIME = contextlib.nullcontext()
 
 
@@ -231,6 +232,10 @@ def load(
 
     with told():
         loaded = bundle.load(path)
+        if departures := layout.departures(manifest.weights):
+            more = f"; and {len(departures) - _TOLD} more" if len(departures) > _TOLD else ""
+            told_of = "; ".join(departures[:_TOLD])
+            _log.info("%s is not cut everywhere as it was trained: %s%s", path, told_of, more)
         with turn:
             executor, found = proved(kernel=True)
             if found.failed and executor.kernel:

@@ -47,6 +47,8 @@ def sharded(loaded, alone):
             "differing": differing(program, alone),
             "added_across_devices": sorted(set(sums)),
             "part_of_weights": weights,
+            "axes": {w.name: layout.axis_of(w) for w in loaded.manifest.weights},
+            "departures": layout.departures(loaded.manifest.weights),
         }
 
 

@@ -12,18 +12,25 @@ import pytest
 
 from aqt_engine import QuantMode, config, convert, flax
 from aqt_engine.layout import Layout
+from aqt_engine.manifest import WeightSpec
 
 BOUND_S = 240
 
 
 def normalized(mode=QuantMode.TRAIN):
-    """Contractions with float sums between them, over features that shards would split."""
+    """Contractions with float sums between them, over features that shards would split.
+
+    The first kernel is to be cut along what remains, the second along what is summed over.
+    """
     int8 = flax.AqtDotGeneral(config.fully_quantized(), rhs_quant_mode=mode)
 
-    def dense(features):
-        return nn.Dense(features, dot_general=int8)
+    def dense(features, *names):
+        kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), names)
+        return nn.Dense(features, kernel_init=kernel_init, dot_general=int8)
 
-    return nn.Sequential([dense(128), nn.gelu, nn.LayerNorm(), dense(64), nn.softmax, dense(32)])
+    norm = nn.LayerNorm(scale_init=nn.with_partitioning(nn.initializers.ones, ("model",)))
+    first, second, third = dense(128, None, "model"), dense(64, "model", None), dense(32)
+    return nn.Sequential([first, nn.gelu, norm, second, nn.softmax, third])
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +79,44 @@ def test_each_device_holds_its_part_of_the_integer_weights(found):
     for (_, shards), result in found.items():
         for name, part in result["part_of_weights"].items():
             assert part == (1 / shards if name.endswith("qvalue") else 1), name
+
+
+@pytest.mark.slow
+def test_weights_are_cut_along_the_axes_that_their_trainer_named(found):
+    for (_, shards), result in found.items():
+        first, second, third = (at for name, at in result["axes"].items() if "qvalue" in name)
+        assert [first, second, third] == ([1, 0, 0] if shards > 1 else [None] * 3)
+        said = [sentence for sentence in result["departures"] if "layers_2/scale" in sentence]
+        assert result["departures"] == said
+        assert len(said) == (shards > 1)
+        assert all("axis 0 (model): it is in float" in sentence for sentence in said)
+
+
+def weight(shape, *axes, role="qvalue", dtype="int8"):
+    return WeightSpec(name="w", dtype=dtype, shape=shape, role=role, axes=axes or None)
+
+
+@pytest.mark.parametrize(
+    ("of", "axis", "said"),
+    [
+        (weight((8, 12)), 0, None),
+        (weight((8, 12), None, "model"), 1, None),
+        (weight((8, 12), "embed", "mlp"), 0, None),
+        (weight((6, 12), "embed", ("x", "y")), 1, None),
+        (weight((8, 6), None, "mlp"), 0, "axis 1 (mlp): 4 shards do not divide 6, so axis 0 is"),
+        (weight((3, 6), "a", "b"), None, "4 shards do not divide 3 and 6, so each device holds it"),
+        (weight((3, 6)), None, None),
+        (weight((8, 12), "a", None, dtype="float8_e4m3fn"), None, "is in float"),
+        (weight((8,), "a", dtype="float32", role="float"), None, "is in float"),
+        (weight((8,), dtype="float32", role="float"), None, None),
+    ],
+)
+def test_the_axis_that_is_cut_is_the_one_that_is_named_where_it_can_be(of, axis, said):
+    assert Layout(shards=4).axis_of(of) == axis
+    departures = Layout(shards=4).departures([of])
+    assert [said in sentence for sentence in departures] == [True] * (said is not None)
+    assert Layout().axis_of(of) is None
+    assert Layout().departures([of]) == []
 
 
 @pytest.mark.parametrize("of", [{"copies": 3}, {"copies": 0}, {"shards": 0}])

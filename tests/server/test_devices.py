@@ -14,7 +14,8 @@ EIGHT = "--xla_force_host_platform_device_count=8"
 
 @pytest.mark.slow
 def test_copies_and_shards_answer_in_the_bits_of_one_device(tmp_path, monkeypatch):
-    write_linear(tmp_path / "repository" / "m" / "1")
+    axes = {"kernel/qvalue": (None, "model"), "bias": ("model",)}
+    write_linear(tmp_path / "repository" / "m" / "1", axes=axes)
     x = np.random.default_rng(0).normal(size=(70, FEATURES)).astype(np.float32)
     expected = reference(tmp_path / "repository" / "m" / "1", x)
     monkeypatch.setenv("XLA_FLAGS", EIGHT)
@@ -27,6 +28,9 @@ def test_copies_and_shards_answer_in_the_bits_of_one_device(tmp_path, monkeypatc
             found = client.infer("m", {"x": x[:rows]})
             assert found.exact
             assert (found["y"].view(np.uint32) == expected[:rows].view(np.uint32)).all()
+        # The kernel is cut as its trainer said, and the bias cannot be.
+        assert "of bias, axis 0 (model): it is in float" in server.log()
+        assert "of kernel" not in server.log()
 
 
 @pytest.mark.slow

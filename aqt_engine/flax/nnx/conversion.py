@@ -7,10 +7,13 @@ from typing import Any, cast
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
-from aqt_engine.convertible import ConversionError, Convertible, Inputs, Serving
+from aqt_engine import named_axes
+from aqt_engine.convertible import ConversionError, Convertible, Inputs, Serving, leaves_of
 from aqt_engine.flax.nnx.ops import AqtStatistic
 from aqt_engine.functions.folding import Function
+from aqt_engine.manifest import Axes
 from aqt_engine.modes import QuantMode
 
 
@@ -82,6 +85,17 @@ class NnxModel(Convertible):
 
         return Function(serve).serving(variables, inputs)
 
+    def axes(self, variables: Any, inputs: Inputs) -> Mapping[str, Axes]:
+        """Those of `nnx.with_partitioning`, by the rules that hold here."""
+        found = dict(Convertible.axes(self, variables, inputs))
+        specs = nnx.to_pure_dict(nnx.get_partition_spec(self.state))
+        for leaf, spec in zip(
+            leaves_of(variables), jax.tree.leaves(specs, is_leaf=_is_spec), strict=True
+        ):
+            if axes := named_axes.of_spec(spec, leaf.value.ndim):
+                found[leaf.name] = axes
+        return found
+
     def calibrated(self, variables: Any, batches: Iterable[Inputs]) -> Any:
         """`variables` with the statistics of `batches`."""
         if not self._statistics(variables):
@@ -110,6 +124,10 @@ class NnxModel(Convertible):
         places = dict(nnx.to_flat_state(self.state))
         flat = {tuple(k.key for k in p): v for p, v in jax.tree.leaves_with_path(variables)}
         return {p: v for p, v in flat.items() if isinstance(places.get(p), AqtStatistic)}
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
 
 
 def fresh(state: Any) -> Any:
