@@ -11,15 +11,17 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import jax
 import numpy as np
 
+from aqt_engine import spool
 from aqt_engine.files import BundleError
 
 Array = np.ndarray[Any, Any]
 _ALIGNMENT = 64
+_AT_ONCE = 2**22
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -37,10 +39,15 @@ def save(path: Path, arrays: Sequence[Array]) -> None:
     from etils import epath
 
     path.mkdir()
-    handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=False, use_zarr3=False, use_compression=False, save_concurrent_gb=1
-    )
     tree = {str(i): np.asarray(array) for i, array in enumerate(arrays)}
+    # It copies what it writes: the largest, and others up to as much.
+    most = max((array.nbytes for array in tree.values()), default=0)
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False,
+        use_zarr3=False,
+        use_compression=False,
+        save_concurrent_gb=cast(int, max(most, _AT_ONCE) / 10**9),
+    )
     # Without a checkpointer, which makes a whole directory visible at once: so does the bundle.
     handler.save(epath.Path(path), args=ocp.args.PyTreeSave(tree))
     handler.close()
@@ -54,8 +61,11 @@ class _File:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     found: tuple[int, ...]
+    mapped: bool
 
     def read(self) -> Array:
+        if self.mapped:
+            return spool.mapped(self.path, self.shape, self.dtype)
         array = aligned_zeros(self.shape, self.dtype)
         with self.path.open("rb") as stream:
             read = stream.readinto(array.reshape(-1).view(np.uint8).data)
@@ -92,24 +102,25 @@ class Stored(Sequence[Array]):
         return self._files[index].read()
 
 
-def load(path: Path) -> Stored:
-    """The arrays that `save` wrote at `path`.
+def load(path: Path, *, mapped: bool = False) -> Stored:
+    """The arrays that `save` wrote at `path`; `mapped`, if nobody else can write there.
 
     Raises:
       ValueError: they are stored otherwise.
       OSError: one cannot be found.
     """
-    return Stored([_file(path / str(i)) for i in range(sum(e.is_dir() for e in path.iterdir()))])
+    count = sum(entry.is_dir() for entry in path.iterdir())
+    return Stored([_file(path / str(i), mapped) for i in range(count)])
 
 
-def _file(path: Path) -> _File:
+def _file(path: Path, mapped: bool) -> _File:
     form = json.loads((path / ".zarray").read_text())
     shape, dtype = tuple(form["shape"]), np.dtype(form["dtype"])
     file = path / (".".join("0" * len(shape)) or "0")
     whole = (form["compressor"], form["order"], form["chunks"]) == (None, "C", form["shape"])
     if not whole or file.stat().st_size != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{file} is not one whole array of {dtype}{list(shape)}")
-    return _File(file, shape, dtype, _as_it_is(file))
+    return _File(file, shape, dtype, _as_it_is(file), mapped)
 
 
 def _as_it_is(file: Path) -> tuple[int, ...]:

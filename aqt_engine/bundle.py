@@ -200,7 +200,7 @@ def write(
             files={name: digest(temporary / name) for name in files(temporary)},
         )
         (temporary / MANIFEST).write_text(_dump(manifest))
-        check(load(temporary))
+        check(load(temporary, mapped=True))
         sync(temporary)
         try:
             temporary.rename(target)
@@ -256,11 +256,14 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         ) from error
 
 
-def load(path: str | os.PathLike[str], *, with_graphs: bool = True) -> Bundle:
+def load(
+    path: str | os.PathLike[str], *, with_graphs: bool = True, mapped: bool = False
+) -> Bundle:
     """The bundle at `path`, every file checked against the manifest.
 
     Without graphs it is for whom has executables of a bundle with the same digests, whose graphs
-    were checked when they were compiled.
+    were checked when they were compiled. Its weights are `mapped` if nobody else can write there,
+    and read otherwise.
 
     Raises:
       BundleError: a file is missing, unlisted, truncated or changed, or cannot be decoded.
@@ -272,7 +275,7 @@ def load(path: str | os.PathLike[str], *, with_graphs: bool = True) -> Bundle:
     try:
         graphs = _load_graphs(root, manifest, "") if with_graphs else {}
         batched = _load_graphs(root, manifest, _BATCHED) if with_graphs else {}
-        weights, witnesses = _load_arrays(root, manifest)
+        weights, witnesses = _load_arrays(root, manifest, mapped=mapped)
     except (MemoryError, OSError, jax.errors.JaxRuntimeError):
         # Of this machine at this moment: the digests are right.
         raise
@@ -318,12 +321,12 @@ def _load_graphs(root: Path, manifest: Manifest, kind: str) -> dict[LengthBucket
 
 
 def _load_arrays(
-    root: Path, manifest: Manifest
+    root: Path, manifest: Manifest, *, mapped: bool
 ) -> tuple[Sequence[Array], dict[LengthBucket, Witness]]:
     """The weights and, by length bucket, the witnesses."""
     if arrays.by_name(root / _WEIGHTS):
         return _named_arrays(root, manifest)
-    weights = arrays.load(root / _WEIGHTS)
+    weights = arrays.load(root / _WEIGHTS, mapped=mapped)
     values = iter(arrays.load(root / _WITNESS))
     witnesses = {
         bucket: Witness(

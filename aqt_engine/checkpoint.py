@@ -1,6 +1,11 @@
-"""Trained variables from an Orbax checkpoint, in whichever form a training loop saved them."""
+"""Trained variables from an Orbax checkpoint, in whichever form a training loop saved them.
 
-from collections.abc import Mapping
+What is not asked for, such as the state of an optimizer, is not read. Arrays are read few at a
+time, and given to `keep` before the next are: a checkpoint may be larger than memory, if that keeps
+them elsewhere (`spool`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,38 +13,51 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from aqt_engine import heap
+
+Keep = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+
+
+def _as_they_are(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return array
+
 
 class CheckpointError(ValueError):
     """There is no readable Orbax checkpoint at a path."""
 
 
-def load_variables(path: Path) -> dict[str, Any]:
+def load_variables(path: Path, keep: Keep = _as_they_are) -> dict[str, Any]:
     """The Flax collections in the checkpoint at `path`, as NumPy arrays: `{"params": ...}`, ...
 
     `path` is a checkpoint, a step of an `orbax.checkpoint.CheckpointManager`, or the manager's
     directory, of which the latest step is taken. What was saved may be the parameters alone, a
     dict of collections, or a train state with either under `params`; optimizer state is left out.
+    Each array is what `keep` gives for it.
 
     Raises:
       CheckpointError: nothing readable stands there.
     """
-    return _collections(_restored(path))
+    return _restored(path, _collections, keep)
 
 
-def load_tree(path: Path) -> Any:
+def load_tree(path: Path, keep: Keep = _as_they_are) -> Any:
     """The tree in the checkpoint at `path`, as it was saved, with NumPy arrays.
 
-    Of a train state, which has an `opt_state`, it is the `params`. `path` is as in
+    Of a train state, which has an `opt_state`, it is the `params`. `path` and `keep` are as in
     `load_variables`.
 
     Raises:
       CheckpointError: nothing readable stands there.
     """
-    tree = _restored(path)
+    return _restored(path, _trained, keep)
+
+
+def _trained(tree: Any) -> Any:
     return tree["params"] if isinstance(tree, Mapping) and "opt_state" in tree else tree
 
 
-def _restored(path: Path) -> Any:
+def _restored(path: Path, chosen: Callable[[Any], Any], keep: Keep) -> Any:
+    """What `chosen` takes of the tree that was saved."""
     found = _find(path.absolute())
     if found is None:
         raise CheckpointError(
@@ -49,15 +67,52 @@ def _restored(path: Path) -> Any:
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(found).item_metadata.tree
-            # As NumPy arrays, whatever devices they were saved from.
-            arguments = jax.tree.map(_as_numpy, metadata)
-            return checkpointer.restore(found, restore_args=arguments)
+            saved, structure = jax.tree.flatten(metadata)
+            numbers = chosen(jax.tree.unflatten(structure, range(len(saved))))
+            wanted = jax.tree.leaves(numbers)
+            arguments = jax.tree.unflatten(structure, [_AS_NUMPY] * len(saved))
+            values = dict[int, Any]()
+            for few in _in_turn(wanted, [_nbytes(leaf) for leaf in saved]):
+                leaves = [saved[i] if i in few else ocp.PLACEHOLDER for i in range(len(saved))]
+                item = jax.tree.unflatten(structure, leaves)
+                read = checkpointer.restore(found, item=item, restore_args=arguments)
+                read = structure.flatten_up_to(read)
+                for i in few:
+                    values[i] = _kept(read[i], keep)
+                del read
+                heap.give_back()
+            return jax.tree.map(values.__getitem__, numbers)
     except Exception as error:
         raise CheckpointError(f"{found} cannot be read as an Orbax checkpoint: {error}") from error
 
 
-def _as_numpy(_: Any) -> ocp.RestoreArgs:
-    return ocp.RestoreArgs(restore_type=np.ndarray)
+# As NumPy arrays, whatever devices they were saved from.
+_AS_NUMPY = ocp.RestoreArgs(restore_type=np.ndarray)
+
+
+def _kept(value: Any, keep: Keep) -> Any:
+    return keep(value) if isinstance(value, np.ndarray) else value
+
+
+def _nbytes(saved: Any) -> int:
+    shape, dtype = getattr(saved, "shape", None), getattr(saved, "dtype", None)
+    if shape is None or dtype is None:
+        return 0
+    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+
+
+def _in_turn(numbers: Sequence[int], nbytes: Sequence[int]) -> Iterator[list[int]]:
+    """`numbers` in groups, none of which takes more bytes than the largest of them."""
+    largest = max((nbytes[i] for i in numbers), default=0)
+    group, size = list[int](), 0
+    for i in numbers:
+        if group and size + nbytes[i] > largest:
+            yield group
+            group, size = [], 0
+        group.append(i)
+        size += nbytes[i]
+    if group:
+        yield group
 
 
 def _find(path: Path) -> Path | None:

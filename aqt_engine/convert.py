@@ -11,13 +11,13 @@ and so never reaches a server.
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from aqt_engine import bundle, graphs, named_axes, portability, proof, tiles
+from aqt_engine import bundle, graphs, heap, named_axes, portability, proof, tiles
 from aqt_engine.bundle import Arrays, Bundle
 from aqt_engine.convertible import ConversionError as ConversionError
 from aqt_engine.convertible import Convertible, Leaf, LinenModel, ModelFactory, Serving, leaves_of
@@ -29,6 +29,8 @@ from aqt_engine.manifest import Axes, LengthBucket
 from aqt_engine.provenance import Quantized
 from aqt_engine.rows import Op, counting, first_mixing, mixing
 from aqt_engine.signature import Signature as Signature
+from aqt_engine.spool import spool
+from aqt_engine.streaming import Keep, as_it_is, frugal
 
 DEFAULT_TILE = 16
 _MAX_FINDINGS = 10
@@ -76,15 +78,41 @@ def convert(
     """
     if isinstance(tile, int) and tile < 2:
         raise ConversionError(f"`tile` must be at least 2, got {tile}: XLA computes one row apart")
+    with spool(Path(path)) as spooled:
+        # On other devices arrays are in the memory of those.
+        keep = spooled.keep if jax.default_backend() == "cpu" else as_it_is
+        return _converted(
+            as_convertible(model),
+            variables,
+            example,
+            path,
+            signature,
+            tile,
+            portable,
+            on_stage,
+            keep,
+        )
+
+
+def _converted(
+    model: Convertible,
+    variables: Any,
+    example: Arrays,
+    path: str | os.PathLike[str],
+    signature: Signature,
+    tile: int | tiles.Measure,
+    portable: bool,
+    on_stage: Callable[[str], None],
+    keep: Keep,
+) -> bundle.Manifest:
     inputs = signature.canonical(example)
     specs = signature.specs(inputs)
-    variables = jax.tree.map(jnp.asarray, variables)
-    model = as_convertible(model)
+    variables = jax.tree.map(jax.device_put, variables)
 
     on_stage("Quantizing the weights")
     first = signature.witness(inputs, signature.buckets[0], DEFAULT_TILE)
     at_once = {k: a[:DEFAULT_TILE] for k, a in first.items()}
-    serving = model.serving(variables, at_once)
+    serving = model.serving(variables, at_once, keep)
 
     costs: Mapping[int, tiles.TileCost] = {}
     if not isinstance(tile, int):
@@ -94,7 +122,7 @@ def convert(
 
     on_stage("Running the training forward for the witness")
     forward = graphs.named(model.train)
-    train = jax.jit(forward)
+    train = frugal(forward)
     rows = {bucket: signature.witness(inputs, bucket, tile) for bucket in signature.buckets}
 
     def structs(bucket: LengthBucket) -> dict[str, jax.ShapeDtypeStruct]:
@@ -132,6 +160,7 @@ def convert(
                     f"{_suspect(first_mixing(forward, variables, tried))}"
                 )
 
+    heap.give_back()
     return bundle.write(
         path,
         graph=made.at_tile,

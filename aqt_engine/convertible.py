@@ -22,6 +22,7 @@ from aqt_engine.manifest import Axes, Role
 from aqt_engine.modes import QuantMode
 from aqt_engine.provenance import Quantized
 from aqt_engine.qtensor import QTensor, Scale
+from aqt_engine.streaming import Keep, as_it_is, in_turn
 
 STATISTICS = "aqt_statistics"
 
@@ -88,8 +89,10 @@ class Convertible(abc.ABC):
         """The answer of the training forward, without gradients. It is called under `jax.jit`."""
 
     @abc.abstractmethod
-    def serving(self, variables: Any, inputs: Inputs) -> Serving:
+    def serving(self, variables: Any, inputs: Inputs, keep: Keep = as_it_is) -> Serving:
         """What serves with the answers of `train`, its weights quantized beforehand.
+
+        Each of those is what `keep` gives for it, if possible before others are made.
 
         Raises:
           ConversionError: nothing is quantized, or statistics are missing.
@@ -126,9 +129,9 @@ class LinenModel(Convertible):
         """The module in TRAIN."""
         return self.factory(QuantMode.TRAIN).apply(variables, inputs, method=_call)
 
-    def serving(self, variables: Any, inputs: Inputs) -> Serving:
+    def serving(self, variables: Any, inputs: Inputs, keep: Keep = as_it_is) -> Serving:
         """The module in SERVE, with the collections that CONVERT fills beside `variables`."""
-        stored, quantized = self._stored(variables, inputs)
+        stored, quantized = self._stored(variables, inputs, keep)
         everything = {**variables, **stored}
         module = self.factory(QuantMode.SERVE)
         tree = jax.tree.structure(everything)
@@ -184,7 +187,7 @@ class LinenModel(Convertible):
         return calibrated
 
     def _stored(
-        self, variables: Mapping[str, Any], inputs: Inputs
+        self, variables: Mapping[str, Any], inputs: Inputs, keep: Keep
     ) -> tuple[Mapping[str, Any], Mapping[str, Quantized]]:
         """The collections that CONVERT fills, and by which configurations."""
         given = {name: c for name, c in variables.items() if _holds_stored(c)}
@@ -200,12 +203,11 @@ class LinenModel(Convertible):
             return next_method(*args, **kwargs)
 
         # Compiled, as training is: a search for the best scale depends on the order of its sums.
-        @jax.jit
         def run(variables: Mapping[str, Any], inputs: Inputs) -> Mapping[str, Any]:
             with nn.intercept_methods(watch):
                 return _changed(module, variables, inputs, fresh)
 
-        stored = run(plain, dict(inputs))
+        stored = in_turn(run, keep, plain, dict(inputs))
         _require_same(given, stored)
         counts = [
             leaf
@@ -243,7 +245,7 @@ class Stored(Convertible):
         """The function itself."""
         return self.fn(variables, **inputs)
 
-    def serving(self, variables: Any, inputs: Inputs) -> Serving:
+    def serving(self, variables: Any, inputs: Inputs, keep: Keep = as_it_is) -> Serving:
         """The function itself, of the leaves of `variables`.
 
         Raises:

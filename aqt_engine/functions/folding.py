@@ -26,6 +26,7 @@ from aqt_engine.functions.quantized import QuantizedFunction
 from aqt_engine.functions.substitution import Given, substituted
 from aqt_engine.manifest import Role
 from aqt_engine.qtensor import MARKS
+from aqt_engine.streaming import Keep, as_it_is, in_turn
 
 # The source of an array that stands in the program itself: any variable comes before it.
 _CLOSURE = sys.maxsize
@@ -47,7 +48,7 @@ class Function(Convertible):
             return calibrated(variables.variables, **inputs)
         return self.fn(variables, **inputs)
 
-    def serving(self, variables: Any, inputs: Inputs) -> Serving:
+    def serving(self, variables: Any, inputs: Inputs, keep: Keep = as_it_is) -> Serving:
         """The function with everything folded that variables alone decide.
 
         Raises:
@@ -58,7 +59,6 @@ class Function(Convertible):
         sites: dict[Path, _Site] = {}
 
         # Compiled, as training is: a search for the best scale depends on the order of its sums.
-        @jax.jit
         def fold(variables: Any) -> list[jax.Array]:
             folder = _Folder({})
             known = [_Known(v, i) for i, v in enumerate(jax.tree.leaves(variables))]
@@ -67,7 +67,7 @@ class Function(Convertible):
             sites.update(folder.found)
             return [site.value for site in sites.values()]
 
-        values = fold(variables)
+        values = in_turn(fold, keep, variables)
         if not any(site.role == "qvalue" for site in sites.values()):
             raise ConversionError(
                 "the function quantizes no weight: contract with `aqt_engine` (a `DotGeneral` in "

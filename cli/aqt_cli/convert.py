@@ -109,6 +109,7 @@ def convert(
     from aqt_engine.convert import convert as convert_model
     from aqt_engine.pretrained import PretrainedError
     from aqt_engine.rules import RuleError
+    from aqt_engine.spool import spool
     from aqt_engine.tiles import measured
 
     declared = signature.parse(shape or (), lengths or (), pad or (), per_request or ())
@@ -117,9 +118,10 @@ def convert(
     with (
         as_sentence(*errors, RuleError, SerializationError),
         progress.status("Reading the checkpoint") as status,
+        spool(output) as spooled,
     ):
         inputs = read_arrays(example)
-        factory, variables = load_model(model, checkpoint, rules, inputs)
+        factory, variables = load_model(model, checkpoint, rules, inputs, keep=spooled.keep)
 
         def show(stage: str) -> None:
             progress.print(f"  {stage}", style="dim")

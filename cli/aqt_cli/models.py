@@ -29,8 +29,12 @@ def load_model(
     checkpoint: Path,
     rules_file: Path | None = None,
     example: Mapping[str, Any] | None = None,
+    *,
+    keep: Callable[[Any], Any] = lambda array: array,
 ) -> tuple[Any, Any]:
     """What `reference`, "package.module:name", names, as `convert` takes it, and its variables.
+
+    Each array of an Orbax checkpoint is what `keep` gives for it, before the next are read.
 
     With `rules_file`, a model in float is quantized by the rules in it; in a linen model that has
     AQT modules, they replace the configurations of those.
@@ -60,12 +64,12 @@ def load_model(
 
     def load_tree(path: Path) -> Any:
         if not pretrained.is_safetensors(path):
-            return orbax.load_tree(path)
+            return orbax.load_tree(path, keep)
         return pretrained.load(path, _table(reference))
 
     def load_variables(path: Path, module: nn.Module) -> Any:
         if not pretrained.is_safetensors(path):
-            return orbax.load_variables(path)
+            return orbax.load_variables(path, keep)
         expected: Any = None
         if example is not None:
             init = functools.partial(module.init, **dict(example))

@@ -15,6 +15,7 @@ from aqt_engine.flax.nnx.ops import AqtStatistic
 from aqt_engine.functions.folding import Function
 from aqt_engine.manifest import Axes
 from aqt_engine.modes import QuantMode
+from aqt_engine.streaming import Keep, as_it_is
 
 
 def split(model: nnx.Module) -> "tuple[NnxModel, dict[str, Any]]":
@@ -67,7 +68,7 @@ class NnxModel(Convertible):
         """The model's answer, as in training without updates."""
         return self._in_mode(QuantMode.TRAIN, variables)(**inputs)
 
-    def serving(self, variables: Any, inputs: Inputs) -> Serving:
+    def serving(self, variables: Any, inputs: Inputs, keep: Keep = as_it_is) -> Serving:
         """The model with everything folded that its variables alone decide.
 
         Raises:
@@ -83,7 +84,7 @@ class NnxModel(Convertible):
         def serve(variables: Any, **inputs: Any) -> Any:
             return self._in_mode(QuantMode.SERVE, variables)(**inputs)
 
-        return Function(serve).serving(variables, inputs)
+        return Function(serve).serving(variables, inputs, keep)
 
     def axes(self, variables: Any, inputs: Inputs) -> Mapping[str, Axes]:
         """Those of `nnx.with_partitioning`, by the rules that hold here."""
