@@ -40,12 +40,14 @@ def save(path: Path, arrays: Sequence[Array]) -> None:
 
     path.mkdir()
     tree = {str(i): np.asarray(array) for i, array in enumerate(arrays)}
-    # It copies what it writes: the largest, and others up to as much.
+    # It would copy all arrays to write them beside what else is done, and nothing is.
+    numpy = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
     most = max((array.nbytes for array in tree.values()), default=0)
     handler = ocp.PyTreeCheckpointHandler(
         use_ocdbt=False,
         use_zarr3=False,
         use_compression=False,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy)),
         save_concurrent_gb=cast(int, max(most, _AT_ONCE) / 10**9),
     )
     # Without a checkpointer, which makes a whole directory visible at once: so does the bundle.
