@@ -47,7 +47,9 @@ def save(path: Path, arrays: Sequence[Array]) -> None:
         use_ocdbt=False,
         use_zarr3=False,
         use_compression=False,
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy)),
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+            (np.ndarray, numpy), (jax.Array, ocp.type_handlers.ArrayHandler())
+        ),
         save_concurrent_gb=cast(int, max(most, _AT_ONCE) / 10**9),
     )
     # Without a checkpointer, which makes a whole directory visible at once: so does the bundle.
