@@ -256,9 +256,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         ) from error
 
 
-def load(
-    path: str | os.PathLike[str], *, with_graphs: bool = True, mapped: bool = False
-) -> Bundle:
+def load(path: str | os.PathLike[str], *, with_graphs: bool = True, mapped: bool = False) -> Bundle:
     """The bundle at `path`, every file checked against the manifest.
 
     Without graphs it is for whom has executables of a bundle with the same digests, whose graphs
