@@ -196,7 +196,7 @@ class Program:
                 told.argument_size_in_bytes + told.output_size_in_bytes + told.temp_size_in_bytes
             )
             weights = self._weights[length_bucket]
-            beside = taken - sum(w.addressable_shards[0].data.nbytes for w in weights)
+            beside = taken - sum(_nbytes_of_one(w) for w in weights)
             self.workspace_nbytes = max(self.workspace_nbytes, beside)
         return compiled
 
@@ -358,3 +358,9 @@ def _placed(
 def _spread(array: Array, sharding: Sharding) -> jax.Array:
     """`array`, which each process has, over devices of which each process has some."""
     return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+
+def _nbytes_of_one(array: jax.Array) -> int:
+    """Bytes that one device has of `array`. Asked by shards, it would be kept in a cycle."""
+    shape = array.sharding.shard_shape(array.shape)
+    return math.prod(shape) * array.dtype.itemsize
