@@ -43,7 +43,7 @@ class Transforming(nn.Module):
 
 
 def _made(cls, inputs):
-    return cls, cls(QuantMode.TRAIN).init(jax.random.key(0), inputs["x"]), inputs
+    return cls, jax.jit(cls(QuantMode.TRAIN).init)(jax.random.key(0), inputs["x"]), inputs
 
 
 def convnet():

@@ -133,10 +133,10 @@ def test_a_manifest_of_format_1_is_read(own):
 def test_arrays_of_format_2_are_read_by_their_names(own):
     """As one Orbax checkpoint with all arrays in the same files, compressed."""
     new = bundle.load(own)
-    names = [spec.name for spec in new.manifest.weights]
+    names, weights = [spec.name for spec in new.manifest.weights], [*new.weights]
     inputs, outputs = new.witness.inputs, new.witness.outputs
     for folder, stored in (
-        ("weights", dict(zip(names, new.weights, strict=True))),
+        ("weights", dict(zip(names, weights, strict=True))),
         ("witness", {"inputs/x": inputs["x"], "outputs/y": outputs["y"]}),
     ):
         shutil.rmtree(own / folder)
@@ -147,7 +147,7 @@ def test_arrays_of_format_2_are_read_by_their_names(own):
     (own / "manifest.json").write_text(signed(document))
     old = bundle.load(own)
     found = (*old.weights, old.witness.inputs["x"], old.witness.outputs["y"])
-    expected = (*new.weights, inputs["x"], outputs["y"])
+    expected = (*weights, inputs["x"], outputs["y"])
     for one, other in zip(found, expected, strict=True):
         assert_same_bits(one, other)
 

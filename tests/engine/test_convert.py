@@ -62,7 +62,7 @@ class Normalized(nn.Module):
 
 
 def init(factory, example):
-    return factory(QuantMode.TRAIN).init(
+    return jax.jit(factory(QuantMode.TRAIN).init)(
         jax.random.key(0), **{k: jnp.asarray(v) for k, v in example.items()}
     )
 

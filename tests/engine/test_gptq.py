@@ -62,7 +62,7 @@ def trained():
     digits = load_digits()
     images = (digits.images[..., None] / 16).astype(np.float32)
     labels = digits.target
-    params = Digits().init(jax.random.key(0), images[:2])
+    params = jax.jit(Digits().init)(jax.random.key(0), images[:2])
     optimizer = optax.adam(3e-3)
 
     def loss(params, x, y):
@@ -233,7 +233,7 @@ class Tied(nn.Module):
     ],
 )
 def test_what_cannot_be_rounded_is_refused_by_name(model, batches, message):
-    variables = model(TRAIN).init(jax.random.key(0), X) if model is Tied else KERNEL
+    variables = jax.jit(model(TRAIN).init)(jax.random.key(0), X) if model is Tied else KERNEL
     with pytest.raises(GptqError, match=message):
         gptq(model, variables, [{"inputs": x} for x in batches])
 

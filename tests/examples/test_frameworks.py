@@ -15,6 +15,7 @@ from aqt_engine.proof import in_tiles
 from examples.digits.train import split_digits
 from examples.frameworks import digits_equinox, digits_jax
 from examples.frameworks.training import accuracy, train
+from server_process import environment
 
 pytestmark = pytest.mark.slow
 
@@ -46,13 +47,23 @@ def test_what_was_trained_is_served(classify, initial, tmp_path):
 
 def test_a_killed_training_ends_with_the_bits_of_one_that_was_not(tmp_path):
     command = [sys.executable, "-m", "examples.frameworks.training", "--steps", str(STEPS)]
-    killed = subprocess.Popen([*command, tmp_path], stdout=subprocess.PIPE, text=True)
+    # What the first has compiled, the second finds: they are to differ in when they end alone.
+    compiled = environment(
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    )
+    killed = subprocess.Popen([*command, tmp_path], stdout=subprocess.PIPE, text=True, env=compiled)
     with killed.stdout:
         assert any(line.startswith("step 20") for line in killed.stdout)
         killed.send_signal(signal.SIGKILL)
     killed.wait(60)
     done = subprocess.run(
-        [*command, tmp_path], capture_output=True, text=True, timeout=120, check=True
+        [*command, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env=compiled,
     )
     assert "going on after step " in done.stdout
     seen, _ = split_digits()
