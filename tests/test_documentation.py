@@ -19,13 +19,17 @@ PAGES = sorted(
     + [ROOT / f / "README.md" for f in ("clients/node", "clients/python", "protos", "server")]
 )
 TUTORIAL = DOCS / "tutorial.md"
-ALONE = ["concepts.md", "how-to/quantize.md", "how-to/calibrate.md"]
+ALONE = ["concepts.md", "how-to/quantize.md", "how-to/calibrate.md", "how-to/pretrained.md"]
 AFTER_TUTORIAL = ["how-to/triton.md", "how-to/metrics.md", "how-to/canary.md"]
 READ = {TUTORIAL, *(DOCS / page for page in ALONE + AFTER_TUTORIAL)}
 # Their TOML is what a server reads: policies of models, or rules of who may do what.
 SETTINGS = {DOCS / page for page in ("operations.md", "from-triton.md", "from-tf-serving.md")}
-# Run by tests/test_quickstart.py and tests/engine/test_migration_guide.py.
-ELSEWHERE = {"quickstart": ROOT / "README.md", "guide": DOCS / "migrating-from-aqtp.md"}
+# Run by tests/test_quickstart.py, test_migration_guide.py and test_migration_from_qwix.py.
+ELSEWHERE = {
+    "quickstart": ROOT / "README.md",
+    "guide": DOCS / "migrating-from-aqtp.md",
+    "qwix": DOCS / "migrating-from-qwix.md",
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -75,6 +79,7 @@ def workspace(tmp_path_factory):
 @pytest.mark.parametrize("page", ALONE)
 def test_a_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     carry_out(DOCS / page)
 
 
