@@ -23,7 +23,7 @@ class Doubling(Convertible):
     def train(self, variables, inputs):
         return inputs["x"] * variables
 
-    def serving(self, variables, inputs):
+    def serving(self, variables, inputs, keep):
         return SERVING
 
     def calibrated(self, variables, batches):
