@@ -33,7 +33,7 @@ def bytes_accessed(shape: tuple[int, int]) -> tuple[int, int]:
         variables = {"params": {"kernel": w}}
         convert(int8_layer(shape[1]), variables, {"inputs": x}, path, tile=TILE)
         loaded = bundle.load(path)
-    served = jax.jit(loaded.graph.call).lower(list(loaded.weights), [x]).compile()
+        served = jax.jit(loaded.graph.call).lower(list(loaded.weights), [x]).compile()
     in_float = jax.jit(jnp.matmul).lower(x, w).compile()
     both = (each.cost_analysis()["bytes accessed"] for each in (served, in_float))
     of_served, of_float = (int(of) for of in both)

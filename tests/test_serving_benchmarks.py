@@ -26,6 +26,7 @@ def test_every_server_is_measured_under_load(tmp_path, capsys):
     assert all(each["requests_per_s"] > 0 and each["processor_us"] > 0 for each in ours)
 
 
+@pytest.mark.long
 def test_how_cost_grows_is_measured_and_drawn(tmp_path, capsys):
     compiled_door()
     path, plot = tmp_path / "scale.json", tmp_path / "scale.png"

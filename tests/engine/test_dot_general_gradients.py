@@ -85,7 +85,13 @@ def test_a_float_backward_pass_is_that_of_the_operands_it_takes(contraction, sha
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("c", [QUANTIZED, STOCHASTIC], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize(
+    "c",
+    [
+        pytest.param(QUANTIZED, marks=pytest.mark.long, id="nearest"),
+        pytest.param(STOCHASTIC, id="stochastic"),
+    ],
+)
 def test_compiled_mapped_scanned_and_rematerialized_gradients_have_the_same_bits(c):
     batched = arguments(batch=(3,))
     key = jax.random.key(1)

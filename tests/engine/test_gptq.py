@@ -190,10 +190,15 @@ def test_the_integers_are_those_of_the_paper(act_order, block_size):
     ("quantization", "dtype"),
     [
         (weights_of(4, calibration=MinMaxCalibration()), jnp.float32),
-        (config.update(weights_of(3), "fwd", local_aqt=config.LocalAqt(2)), jnp.float32),
-        (config.weight_only(4), jnp.float32),
         (weights_of(4), jnp.bfloat16),
-        (weights_of(4, calibration=ConstantCalibration(3.0)), jnp.float32),
+        *(
+            pytest.param(quantization, jnp.float32, marks=pytest.mark.long)
+            for quantization in (
+                config.update(weights_of(3), "fwd", local_aqt=config.LocalAqt(2)),
+                config.weight_only(4),
+                weights_of(4, calibration=ConstantCalibration(3.0)),
+            )
+        ),
     ],
 )
 def test_other_weights(quantization, dtype):
