@@ -14,19 +14,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from aqt_engine import heap
-
-Keep = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
-
-
-def _as_they_are(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return array
+from aqt_engine.streaming import Keep, as_it_is
 
 
 class CheckpointError(ValueError):
     """There is no readable Orbax checkpoint at a path."""
 
 
-def load_variables(path: Path, keep: Keep = _as_they_are) -> dict[str, Any]:
+def load_variables(path: Path, keep: Keep = as_it_is) -> dict[str, Any]:
     """The Flax collections in the checkpoint at `path`, as NumPy arrays: `{"params": ...}`, ...
 
     `path` is a checkpoint, a step of an `orbax.checkpoint.CheckpointManager`, or the manager's
@@ -40,7 +35,7 @@ def load_variables(path: Path, keep: Keep = _as_they_are) -> dict[str, Any]:
     return _restored(path, _collections, keep)
 
 
-def load_tree(path: Path, keep: Keep = _as_they_are) -> Any:
+def load_tree(path: Path, keep: Keep = as_it_is) -> Any:
     """The tree in the checkpoint at `path`, as it was saved, with NumPy arrays.
 
     Of a train state, which has an `opt_state`, it is the `params`. `path` and `keep` are as in
