@@ -207,10 +207,9 @@ def load(
       InexactError: its answers here are not those of training, and `allow_inexact` is not set.
     """
     manifest = bundle.read_manifest(path)
-    most_rows = tile_buckets(max_batch_rows, manifest.tile, layout)[-1] * manifest.tile
-    memory.check(manifest, workspace=workspace(manifest, most_rows))
-    alone = layout.devices == 1 and program is Program and mode is Mode.EXACT
     buckets = tile_buckets(max_batch_rows, manifest.tile, layout)
+    memory.check(manifest, workspace=workspace(manifest, buckets[-1] * manifest.tile))
+    alone = layout.devices == 1 and program is Program and mode is Mode.EXACT
     of = kept.identity(manifest, buckets) if records and alone else None
     if records and of and (earlier := records.find(of, proof_s=proof_s)):
         found = _restored(path, manifest, earlier, records, max_batch_rows, memory, described)
@@ -260,26 +259,20 @@ def load(
     found_in_weights = distributions(loaded) if described else {}
     if mode is Mode.FAST:
         verdict = f"fast: bits may differ with the batch; tried on the witness, {found}"
-        return Loaded(
-            executor=executor,
-            manifest=loaded.manifest,
-            mode=mode,
-            exact=False,
-            verdict=verdict,
-            distributions=found_in_weights,
-        )
-    if found.failed and not allow_inexact:
+    elif found.failed and not allow_inexact:
         raise InexactError(
             f"{path} does not compute here what was trained: {found.failed[0]} "
             f"({len(found.failed)} of {found.passed + len(found.failed)} trials differ); convert "
             f"it on this platform, or serve it all the same with --allow-inexact"
         )
+    else:
+        verdict = str(found)
     return Loaded(
         executor=executor,
         manifest=loaded.manifest,
         mode=mode,
-        exact=not found.failed,
-        verdict=str(found),
+        exact=mode is Mode.EXACT and not found.failed,
+        verdict=verdict,
         distributions=found_in_weights,
     )
 

@@ -56,7 +56,6 @@ class Memory:
                 f"--model-memory-bytes is {self.limit}: unload another, or raise it"
             )
         largest = max((weight.nbytes for weight in manifest.weights), default=0)
-        largest = max((weight.nbytes for weight in manifest.weights), default=0)
         takes, what = workspace, "its workspace"
         if not placed:
             takes += manifest.nbytes + largest
