@@ -101,8 +101,7 @@ class Traffic:
                 kinds |= self._unary("fast door", fast, resetting)
             async with asyncio.TaskGroup() as clients:
                 for kind, once in kinds.items():
-                    pause_s = CANCELLED_PAUSE_S if kind.startswith("cancelled") else PAUSE_S
-                    clients.create_task(self._repeat(kind, once, end, pause_s))
+                    clients.create_task(self._repeat(kind, once, end))
 
     async def _channel(self, opened: contextlib.AsyncExitStack, address: str) -> grpc.aio.Channel:
         own = [("grpc.use_local_subchannel_pool", 1)]
@@ -120,13 +119,11 @@ class Traffic:
             f"garbage, {door}": lambda: self._garbage(raw),
         }
 
-    async def _repeat(
-        self, kind: str, once: Callable[[], Awaitable[None]], end: float, pause_s: float
-    ) -> None:
+    async def _repeat(self, kind: str, once: Callable[[], Awaitable[None]], end: float) -> None:
         while time.monotonic() < end:
             await once()
             self.done[kind] += 1
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(PAUSE_S)
 
     async def _good(self, stub) -> None:
         x, expected = self._drawn()
@@ -155,6 +152,7 @@ class Traffic:
         for call in calls:
             call.cancel()
         await asyncio.gather(*calls, late, return_exceptions=True)
+        await asyncio.sleep(CANCELLED_PAUSE_S)
 
     async def _garbage(self, raw) -> None:
         for sent in itertools.islice(self._mutated, 10):
