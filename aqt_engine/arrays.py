@@ -2,16 +2,18 @@
 
 Orbax writes it, without compression, under the number of each array in its order; whoever has Orbax
 can restore it. A bundle's reader needs neither Orbax nor a second copy: the bytes of each file are
-read when they are asked for, to where executables on a CPU take them as they are. They are not
-mapped: a file that is cut short or written over would end the server, or change its answers.
+read when they are asked for, to where executables on a CPU take them as they are, and no more of
+them than the part that a device holds. They are not mapped: a file that is cut short or written
+over would end the server, or change its answers.
 """
 
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, Protocol, cast, overload
 
 import jax
 import numpy as np
@@ -20,16 +22,23 @@ from aqt_engine import spool
 from aqt_engine.files import BundleError
 
 Array = np.ndarray[Any, Any]
+Cut = tuple[slice, ...]
+"""A part of an array, cut along one axis at most: a slice for each axis."""
 _ALIGNMENT = 64
 _AT_ONCE = 2**22
+_PAGE = 2**12
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Zeros at an address that executables on a CPU read from; others they copy."""
-    nbytes = math.prod(shape) * dtype.itemsize
+    nbytes = _nbytes(shape, dtype)
     memory = np.zeros(nbytes + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _nbytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    return math.prod(shape) * dtype.itemsize
 
 
 def save(path: Path, arrays: Sequence[Array]) -> None:
@@ -57,6 +66,20 @@ def save(path: Path, arrays: Sequence[Array]) -> None:
     handler.close()
 
 
+class _Readable(Protocol):
+    def read(self, cut: Cut = ...) -> Array: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Held:
+    """An array that is kept in memory."""
+
+    array: Array
+
+    def read(self, cut: Cut = ()) -> Array:
+        return self.array[cut]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _File:
     """An array in a file, which is as it was found."""
@@ -67,17 +90,59 @@ class _File:
     found: tuple[int, ...]
     mapped: bool
 
-    def read(self) -> Array:
+    def read(self, cut: Cut = ()) -> Array:
         if self.mapped:
-            return spool.mapped(self.path, self.shape, self.dtype)
-        array = aligned_zeros(self.shape, self.dtype)
-        with self.path.open("rb") as stream:
-            read = stream.readinto(array.reshape(-1).view(np.uint8).data)
-        if read != array.nbytes or _as_it_is(self.path) != self.found:
+            return spool.mapped(self.path, self.shape, self.dtype)[cut]
+        sizes = self.shape
+        every = cut or (slice(None),) * len(sizes)
+        bounds = [of.indices(size)[:2] for of, size in zip(every, sizes, strict=True)]
+        cuts = [i for i, size in enumerate(sizes) if bounds[i] != (0, size)]
+        axis = min(cuts, default=0)
+        assert len(cuts) <= 1, f"{self.path} is cut along one axis at most, and not by {cut}"
+        array = aligned_zeros(tuple(end - start for start, end in bounds), self.dtype)
+        # A run is what the part has at one index of all axes before `axis`.
+        whole = self._read_runs(
+            array.reshape(-1).view(np.uint8).reshape(math.prod(sizes[:axis]), -1),
+            start=bounds[axis][0] * _nbytes(sizes[axis + 1 :], self.dtype) if cuts else 0,
+            stride=_nbytes(sizes[axis:], self.dtype),
+        )
+        if not whole or _as_it_is(self.path) != self.found:
             raise BundleError(
                 f"{self.path} was written over while it was read: write another version instead"
             )
         return array
+
+    def _read_runs(self, runs: Array, *, start: int, stride: int) -> bool:
+        """Whether the file had all of `runs`, the first at `start`, which it is read into.
+
+        What lies between runs is read too where they are shorter than a page, as disks do so.
+        """
+        length = runs.shape[1]
+        at_once = max(1, _AT_ONCE // stride) if length < _PAGE else 1
+        with self.path.open("rb", buffering=0) as stream:
+            for first in range(0, len(runs), at_once):
+                some = runs[first : first + at_once]
+                stream.seek(start + first * stride)
+                if len(some) == 1:
+                    if not _filled(stream, some[0]):
+                        return False
+                    continue
+                between = np.empty((len(some), stride), np.uint8)
+                if not _filled(stream, between.reshape(-1)[: length - stride or None]):
+                    return False
+                some[:] = between[:, :length]
+        return True
+
+
+def _filled(stream: io.FileIO, memory: Array) -> bool:
+    """Whether there was enough in `stream` for all of `memory`, which it is read into."""
+    left = memory.data
+    while left.nbytes:
+        # Linux reads 2 GB at once at most.
+        if not (read := stream.readinto(left)):
+            return False
+        left = left[read:]
+    return True
 
 
 class Stored(Sequence[Array]):
@@ -90,8 +155,17 @@ class Stored(Sequence[Array]):
       OSError: it cannot be read.
     """
 
-    def __init__(self, files: Sequence[_File]):
+    def __init__(self, files: Sequence[_Readable]):
         self._files = files
+
+    @classmethod
+    def held(cls, arrays: Sequence[Array]) -> "Stored":
+        """`arrays` that are kept in memory, as if they were read."""
+        return cls([_Held(array) for array in arrays])
+
+    def part(self, index: int, cut: Cut) -> Array:
+        """What `cut` has of an array: only that is read of its file, and is in memory."""
+        return self._files[index].read(cut)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -122,7 +196,7 @@ def _file(path: Path, mapped: bool) -> _File:
     shape, dtype = tuple(form["shape"]), np.dtype(form["dtype"])
     file = path / (".".join("0" * len(shape)) or "0")
     whole = (form["compressor"], form["order"], form["chunks"]) == (None, "C", form["shape"])
-    if not whole or file.stat().st_size != math.prod(shape) * dtype.itemsize:
+    if not whole or file.stat().st_size != _nbytes(shape, dtype):
         raise ValueError(f"{file} is not one whole array of {dtype}{list(shape)}")
     return _File(file, shape, dtype, _as_it_is(file), mapped)
 

@@ -97,7 +97,7 @@ class Bundle:
     manifest: Manifest
     graphs: Mapping[LengthBucket, export.Exported]
     batched: Mapping[LengthBucket, export.Exported]
-    weights: Sequence[Array]
+    weights: arrays.Stored
     witnesses: Mapping[LengthBucket, Witness]
 
     @property
@@ -320,7 +320,7 @@ def _load_graphs(root: Path, manifest: Manifest, kind: str) -> dict[LengthBucket
 
 def _load_arrays(
     root: Path, manifest: Manifest, *, mapped: bool
-) -> tuple[Sequence[Array], dict[LengthBucket, Witness]]:
+) -> tuple[arrays.Stored, dict[LengthBucket, Witness]]:
     """The weights and, by length bucket, the witnesses."""
     if arrays.by_name(root / _WEIGHTS):
         return _named_arrays(root, manifest)
@@ -338,7 +338,7 @@ def _load_arrays(
 
 def _named_arrays(
     root: Path, manifest: Manifest
-) -> tuple[tuple[Array, ...], dict[LengthBucket, Witness]]:
+) -> tuple[arrays.Stored, dict[LengthBucket, Witness]]:
     """The same of formats 1 and 2, which had arrays by their names."""
     weights = arrays.restore(root / _WEIGHTS)
     values = arrays.restore(root / _WITNESS)
@@ -350,7 +350,7 @@ def _named_arrays(
             inputs={s.name: values[f"{part}inputs/{s.name}"] for s in manifest.inputs},
             outputs={s.name: values[f"{part}outputs/{s.name}"] for s in manifest.outputs},
         )
-    return tuple(weights[spec.name] for spec in manifest.weights), witnesses
+    return arrays.Stored.held([weights[spec.name] for spec in manifest.weights]), witnesses
 
 
 def _check_graph(

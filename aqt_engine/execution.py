@@ -29,24 +29,28 @@ from typing import Any, cast
 import jax
 import numpy as np
 from jax import export, lax
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from aqt_engine import heap, lengths
 from aqt_engine.arrays import aligned_zeros
 from aqt_engine.bundle import Bundle, BundleError
 from aqt_engine.kernels import library
-from aqt_engine.kernels.substitution import Packing, Substituted, substituted
+from aqt_engine.kernels.substitution import Substituted, substituted
 from aqt_engine.layout import COPIES, Layout, replicating
 from aqt_engine.manifest import LengthBucket
+from aqt_engine.placement import Packed as Packed
+from aqt_engine.placement import placed
 from aqt_engine.restoration import check_restored, stand_in
 
 Array = np.ndarray[Any, Any]
-Packed = Mapping[LengthBucket, Mapping[int, Packing]]
-"""The weights that each graph takes packed, by their index."""
 Executable = Callable[..., Sequence[jax.Array]]
+_Executables = Callable[[int, LengthBucket], Executable]
+"""Executables by tiles and length bucket."""
 _Shapes = Sequence[tuple[tuple[int, ...], np.dtype[Any]]]
 _NAME = "forward"
 """Of what is compiled."""
+_LEAST_MEMORY = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
+"""Compiler options, by platform, where XLA has to be told to keep little at once."""
 
 
 class Mode(enum.StrEnum):
@@ -116,10 +120,12 @@ class Program:
         self.kernel = library.instruction_set() if any(packed.values()) else None
         """The instruction set of the kernel that computes contractions; None if XLA does all."""
         self._places = [
-            self._mesh and layout.of_weight(self._mesh, spec) for spec in bundle.manifest.weights
+            self._mesh and (spec.shape, layout.of_weight(self._mesh, spec))
+            for spec in bundle.manifest.weights
         ]
-        self._weights = _placed(bundle.weights, self._places, packed)
+        self._weights = placed(bundle.weights, self._places, packed)
         self._executables: dict[tuple[LengthBucket, int], Executable] = {}
+        self._gathering: dict[LengthBucket, Executable] = {}
         self.workspace_nbytes = 0
         """Bytes beside the weights that the hungriest of the compiled executables computes in."""
         self._compiling = threading.Lock()
@@ -136,7 +142,7 @@ class Program:
             yield
         finally:
             heap.give_back()
-            self._weights = _placed(bundle.weights, self._places, self.packed)
+            self._weights = placed(bundle.weights, self._places, self.packed)
 
     @property
     def max_rows(self) -> int:
@@ -182,6 +188,23 @@ class Program:
         compiled = self._lowered(forward, self._weights[length_bucket], inputs).compile()
         return self._measured(compiled, length_bucket)
 
+    def _compiled_to_gather(self, bucket: int, length_bucket: LengthBucket) -> Executable:
+        with self._compiling:
+            if length_bucket not in self._gathering:
+                graph = self._graphs[length_bucket]
+
+                def forward(weights: list[jax.Array], inputs: list[jax.Array]) -> list[jax.Array]:
+                    return [y[None] for y in graph.call(weights, [x[0] for x in inputs])]
+
+                inputs, _ = self._signature(bucket, length_bucket)
+                weights = self._weights[length_bucket]
+                lowered = self._lowered(forward, weights, inputs, gathered=True)
+                self._gathering[length_bucket] = lowered.compile(
+                    compiler_options=_LEAST_MEMORY.get(jax.default_backend())
+                )
+                heap.give_back()
+            return self._gathering[length_bucket]
+
     def _signature(self, bucket: int, length_bucket: LengthBucket) -> tuple[_Shapes, _Shapes]:
         """Shapes and dtypes of inputs and outputs, as an executable for `bucket` tiles has them."""
         sizes, rows = self.manifest.sizes(length_bucket), bucket * self.manifest.tile
@@ -205,8 +228,13 @@ class Program:
         forward: Callable[..., list[jax.Array]],
         weights: list[jax.Array],
         inputs: _Shapes,
+        *,
+        gathered: bool = False,
     ) -> Any:
-        """`forward` for inputs of these shapes and dtypes, over the devices that there are."""
+        """`forward` for inputs of these shapes and dtypes, over the devices that there are.
+
+        It is given weights as they are spread, or `gathered`: whole.
+        """
         if self._mesh is None:
             structs = [jax.ShapeDtypeStruct(*of) for of in inputs]
             # With what a graph does not use too, so that all of one signature are called alike.
@@ -223,14 +251,21 @@ class Program:
             check_vma=False,
         )
         # A process reads only what lies on its own devices.
-        read = sharding if jax.process_count() == 1 else NamedSharding(self._mesh, PartitionSpec())
-        return jax.jit(mapped, out_shardings=read).lower(weights, structs)
+        whole = NamedSharding(self._mesh, PartitionSpec())
+        read = sharding if jax.process_count() == 1 else whole
+
+        def forward_gathered(weights: list[jax.Array], inputs: list[jax.Array]) -> list[jax.Array]:
+            return mapped([lax.with_sharding_constraint(w, whole) for w in weights], inputs)
+
+        laid_out = forward_gathered if gathered else mapped
+        return jax.jit(laid_out, out_shardings=read).lower(weights, structs)
 
     def _given(self, array: Array) -> Array | jax.Array:
         """`array` as an executable over the devices that there are takes it."""
         if self._mesh is None or jax.process_count() == 1:
             return array
-        return _spread(array, NamedSharding(self._mesh, PartitionSpec(COPIES)))
+        sharding = NamedSharding(self._mesh, PartitionSpec(COPIES))
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
     def _laid_out(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """`shape`, of whole tiles of rows, as an executable takes it."""
@@ -250,16 +285,39 @@ class Program:
           ValueError: the inputs are not those of the signature, in names, dtypes or shapes, or
             too long.
         """
+        return self._in_calls(inputs, self.max_rows, self._executable)
+
+    def gathered(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """What a program over several shards has to answer, computed of whole weights.
+
+        It takes one tile for each copy at a time. A device gathers the parts of a weight when that
+        is contracted: it holds its own shards, and beside them few weights whole.
+
+        Raises:
+          ValueError: as of a call.
+        """
+        rows = self.buckets[0] * self.manifest.tile
+        return self._in_calls(inputs, rows, self._compiled_to_gather)
+
+    def _executable(self, bucket: int, length_bucket: LengthBucket) -> Executable:
+        self.compile(bucket, length_bucket)
+        return self._executables[length_bucket, bucket]
+
+    def _in_calls(
+        self, inputs: Mapping[str, Array], most: int, executable: _Executables
+    ) -> dict[str, Array]:
+        """The outputs for `inputs`, of which `most` rows are computed at once."""
         rows, sizes = self._checked(inputs)
         length_bucket = lengths.smallest(self.manifest, sizes)
         if sizes:
             inputs = lengths.pad(self.manifest, inputs, length_bucket)
         chunks = [
             self._run(
-                {name: array[start : start + self.max_rows] for name, array in inputs.items()},
+                {name: array[start : start + most] for name, array in inputs.items()},
                 length_bucket,
+                executable,
             )
-            for start in range(0, max(rows, 1), self.max_rows)
+            for start in range(0, max(rows, 1), most)
         ]
         outputs = chunks[0]
         if len(chunks) > 1:
@@ -286,7 +344,9 @@ class Program:
             raise ValueError(f"the inputs are {found}, and the signature has {wanted}")
         return rows, sizes
 
-    def _run(self, inputs: Mapping[str, Array], length_bucket: LengthBucket) -> dict[str, Array]:
+    def _run(
+        self, inputs: Mapping[str, Array], length_bucket: LengthBucket, executable: _Executables
+    ) -> dict[str, Array]:
         tile = self.manifest.tile
         rows = len(next(iter(inputs.values())))
         sizes = self.manifest.sizes(length_bucket)
@@ -300,8 +360,7 @@ class Program:
             array = aligned_zeros(whole.shape, whole.dtype)
             array[:rows] = inputs[spec.name]
             padded.append(self._given(array.reshape(self._laid_out(whole.shape))))
-        self.compile(bucket, length_bucket)
-        answers = self._executables[length_bucket, bucket](self._weights[length_bucket], padded)
+        answers = executable(bucket, length_bucket)(self._weights[length_bucket], padded)
         shapes = [spec.with_rows(bucket * tile, sizes).shape for spec in self.manifest.outputs]
         return {
             spec.name: np.asarray(answer).reshape(shape)[:rows]
@@ -327,37 +386,6 @@ def _graphs(
         bucket: substituted(graph, len(bundle.weights)) if kernel else Substituted(graph=graph)
         for bucket, graph in graphs.items()
     }
-
-
-def _placed(
-    weights: Sequence[Array],
-    places: Sequence[Sharding | None],
-    packed: Packed,
-) -> dict[LengthBucket, list[jax.Array]]:
-    """The weights in their places, as each graph takes them; what several take is there once.
-
-    Each is dropped before the next is read, where it has become another array.
-    """
-    placed: dict[tuple[int, Packing | None], jax.Array] = {}
-
-    def place(index: int, packing: Packing | None) -> jax.Array:
-        if (index, packing) not in placed:
-            weight, where = weights[index], places[index]
-            if where:
-                placed[index, packing] = _spread(weight, where)
-            else:
-                placed[index, packing] = jax.device_put(packing(weight) if packing else weight)
-        return placed[index, packing]
-
-    return {
-        bucket: [place(i, packing.get(i)) for i in range(len(weights))]
-        for bucket, packing in packed.items()
-    }
-
-
-def _spread(array: Array, sharding: Sharding) -> jax.Array:
-    """`array`, which each process has, over devices of which each process has some."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
 
 def _nbytes_of_one(array: jax.Array) -> int:

@@ -94,6 +94,17 @@ class Layout:
         order = (*named, *range(len(weight.shape)))
         return next((i for i in order if weight.shape[i] % self.shards == 0), None)
 
+    def nbytes_here(self, weight: WeightSpec) -> int:
+        """Bytes that a weight takes of the memory of a device.
+
+        The devices of a CPU share theirs: of all that this process has, then.
+        """
+        if self.axis_of(weight) is None:
+            return weight.nbytes
+        on_cpu = jax.default_backend() == "cpu"
+        here = min(self.shards, self.devices // jax.process_count()) if on_cpu else 1
+        return weight.nbytes * here // self.shards
+
     def departures(self, weights: Iterable[WeightSpec]) -> list[str]:
         """What is not cut along an axis that its trainer named, and what is done instead."""
         if self.shards == 1:

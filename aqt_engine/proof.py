@@ -128,7 +128,7 @@ def tile_by_tile(bundle: Bundle) -> Reference:
         run = compiled(bucket)
         heap.give_back()
         # Read for this call, after the compiler's memory is free again, and not kept.
-        weights = list(bundle.weights)
+        weights = [jax.device_put(weight) for weight in bundle.weights]
 
         def at_tile(weights: Any, rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             answers = run(weights, [rows[spec.name] for spec in manifest.inputs])

@@ -57,6 +57,8 @@ class Executor:
         restored: Kept | None = None,
     ):
         manifest = loaded.manifest
+        self.layout = layout
+        """On which devices it computes."""
         arrays = itertools.chain(manifest.inputs, manifest.outputs, manifest.weights)
         self._in_64_bits = any(np.dtype(spec.dtype).itemsize == 8 for spec in arrays)
         self.executables: tuple[Executable, ...] = ()
@@ -78,6 +80,8 @@ class Executor:
         """Numbers of rows that are computed at once, ascending; others are padded to the next."""
         self.workspace_nbytes = (restored or self._program).workspace_nbytes
         """Bytes beside the weights that it computes in."""
+        self.weights_nbytes = sum(map(layout.nbytes_here, manifest.weights))
+        """Bytes of the weights in the memory of a device."""
         self.packed = self._program.packed
         """The weights that it keeps packed."""
         self.kernel = self._program.kernel
@@ -91,6 +95,11 @@ class Executor:
         """
         with jax.enable_x64(self._in_64_bits), told():
             return self._program(inputs)
+
+    def gathered(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """The outputs for `inputs`, computed as `Program.gathered` does."""
+        with jax.enable_x64(self._in_64_bits), told():
+            return self._program.gathered(inputs)
 
     def prove(self, loaded: Bundle, *, more_s: float) -> "Proof":
         """The witness in every executable; for `more_s` seconds more all that can be tried.
@@ -131,6 +140,9 @@ class Executor:
         of_graph = proof.tile_by_tile(loaded)
 
         def reference(length_bucket: LengthBucket, inputs: Arrays) -> Arrays:
+            if self.layout.shards > 1:
+                # No device may hold all weights at once.
+                return self._program.gathered(inputs)
             # It takes the weights as they were stored, and no memory is there for two copies.
             with self._program.set_aside(loaded):
                 return of_graph(length_bucket, inputs)
@@ -208,7 +220,8 @@ def load(
     """
     manifest = bundle.read_manifest(path)
     buckets = tile_buckets(max_batch_rows, manifest.tile, layout)
-    memory.check(manifest, workspace=workspace(manifest, buckets[-1] * manifest.tile))
+    rows = buckets[-1] * manifest.tile
+    memory.check(manifest, workspace=workspace(manifest, rows), layout=layout)
     alone = layout.devices == 1 and program is Program and mode is Mode.EXACT
     of = kept.identity(manifest, buckets) if records and alone else None
     if records and of and (earlier := records.find(of, proof_s=proof_s)):
@@ -226,7 +239,7 @@ def load(
             program=program,
             records=records if of else None,
         )
-        memory.check(manifest, workspace=made.workspace_nbytes, placed=True)
+        memory.check(manifest, workspace=made.workspace_nbytes, layout=layout, placed=True)
         return made, made.prove(loaded, more_s=proof_s if mode is Mode.EXACT else 0)
 
     with told():

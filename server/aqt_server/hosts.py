@@ -6,6 +6,7 @@ that each of them opened, what to load and what to compute, and does the same it
 
     load     number, name, version, digest, rows    answered when it is there, or why it is not
     compute  number, and the inputs
+    gather   number, and the inputs; the same, of whole weights
     drop     number
     end
 
@@ -107,15 +108,15 @@ class Leader:
                 raise HostsError(f"host {host} could not load it: {error}")
 
     @contextlib.contextmanager
-    def computing(self, number: int, inputs: Arrays) -> Generator[None]:
-        """While the others compute the answer to `inputs`, which the caller does in it."""
+    def computing(self, do: str, number: int, inputs: Arrays) -> Generator[None]:
+        """While the others do what the caller does in it with `inputs`: compute, or gather."""
         arrays = [np.ascontiguousarray(array) for array in inputs.values()]
         described = [
             [name, array.dtype.name, list(array.shape)]
             for name, array in zip(inputs, arrays, strict=True)
         ]
         with self._order:
-            self._tell("compute", number, arrays, inputs=described)
+            self._tell(do, number, arrays, inputs=described)
             yield
 
     def drop(self, number: int) -> None:
@@ -160,8 +161,13 @@ class _Led(Program):
 
     def __call__(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         self._leader.loaded(self._number)
-        with self._leader.computing(self._number, inputs):
+        with self._leader.computing("compute", self._number, inputs):
             return super().__call__(inputs)
+
+    def gathered(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        self._leader.loaded(self._number)
+        with self._leader.computing("gather", self._number, inputs):
+            return super().gathered(inputs)
 
 
 def follow(devices: Devices, source: Source, layout: Layout) -> None:
@@ -208,12 +214,12 @@ class _Follower:
             match _received(self._connection):
                 case {"do": "load"} as order:
                     threading.Thread(target=self._load, args=(order,), daemon=True).start()
-                case {"do": "compute", "number": number, "inputs": described}:
+                case {"do": "compute" | "gather" as do, "number": number, "inputs": described}:
                     inputs = {
                         name: np.frombuffer(self._connection.recv_bytes(), dtype).reshape(shape)
                         for name, dtype, shape in described
                     }
-                    self._compute(number, inputs)
+                    self._compute(do, number, inputs)
                 case {"do": "drop", "number": number}:
                     self._executors.pop(number, None)
                 case _:
@@ -234,9 +240,10 @@ class _Follower:
             error = str(found)
         _send(self._connection, {"number": order["number"], "error": error})
 
-    def _compute(self, number: int, inputs: Arrays) -> None:
+    def _compute(self, do: str, number: int, inputs: Arrays) -> None:
+        executor = self._executors[number]
         try:
-            self._executors[number](inputs)
+            (executor if do == "compute" else executor.gathered)(inputs)
         except ValueError as error:
             # The host that leads finds the same, before it computes anything.
             _log.warning("inputs are refused: %s", error)

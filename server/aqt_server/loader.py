@@ -115,7 +115,10 @@ class Loader:
           NoMemoryError: there is not.
         """
         memory = Memory(limit=self._memory_limit, held=held, available=self._available)
-        memory.check(loaded.manifest, workspace=loaded.executor.workspace_nbytes, placed=True)
+        made = loaded.executor
+        memory.check(
+            loaded.manifest, workspace=made.workspace_nbytes, layout=made.layout, placed=True
+        )
 
     def _load(self, key: Key, held: int) -> executor.Loaded:
         name = key[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from aqt_engine.bundle import Manifest
+from aqt_engine.layout import Layout
 
 
 class NoMemoryError(Exception):
@@ -33,23 +34,32 @@ class Memory:
     """What a version may take.
 
     `limit` bounds what all versions hold together, of which others `held` so many bytes already;
-    `available` says how many bytes are free.
+    `available` says how many bytes are free of a device's memory.
     """
 
     limit: int | None
     held: int
     available: Callable[[], int]
 
-    def check(self, manifest: Manifest, *, workspace: int, placed: bool = False) -> None:
+    def check(
+        self,
+        manifest: Manifest,
+        *,
+        workspace: int,
+        layout: Layout = Layout(),
+        placed: bool = False,
+    ) -> None:
         """Returns if a version of `manifest`, with a `workspace` of so many bytes, can be loaded.
 
         `placed` is whether its weights are in memory already. While they are read, the largest is
-        there twice: as it is stored, and as it is computed with.
+        there twice: as it is stored, and as it is computed with. Of one in shards, all are together
+        on a device while the version is proved.
 
         Raises:
           NoMemoryError: it cannot.
         """
-        holds = manifest.nbytes + workspace
+        weights = sum(map(layout.nbytes_here, manifest.weights))
+        holds = weights + workspace
         if self.limit is not None and self.held + holds > self.limit:
             raise NoMemoryError(
                 f"its weights and workspace take {holds} bytes, other versions {self.held}, and "
@@ -58,7 +68,7 @@ class Memory:
         largest = max((weight.nbytes for weight in manifest.weights), default=0)
         takes, what = workspace, "its workspace"
         if not placed:
-            takes += manifest.nbytes + largest
+            takes += weights + largest
             what = "its weights, the largest of them twice, and its workspace"
         if takes > (free := self.available()):
             raise NoMemoryError(

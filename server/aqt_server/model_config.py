@@ -94,7 +94,7 @@ def model_statistics(servable: Servable) -> pb.ModelStatistics:
             for rows, stages in sorted(found.batches.items())
         ],
         memory_usage=[
-            pb.MemoryUsage(type=jax.default_backend().upper(), byte_size=servable.manifest.nbytes)
+            pb.MemoryUsage(type=jax.default_backend().upper(), byte_size=servable.weights_nbytes)
         ],
     )
 

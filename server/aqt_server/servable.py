@@ -25,7 +25,8 @@ class Servable:
     """A version that answers requests.
 
     `exact` is whether it was proved here, in mode exact, and `verdict` the proof in a sentence.
-    `bucket_rows` are the rows that it computes at once, in `workspace_nbytes` beside the weights.
+    `bucket_rows` are the rows that it computes at once, in `workspace_nbytes` beside the weights,
+    of which a device has `weights_nbytes`.
     `kernel` is the instruction set of the int8 kernel that computes it, if one does.
     `cache` is None where answers are not kept. `distributions` are those of the weights by name;
     there are none unless the settings ask for them. It answers since `loaded_at`, a Unix time.
@@ -39,6 +40,7 @@ class Servable:
     verdict: str
     bucket_rows: tuple[int, ...]
     workspace_nbytes: int
+    weights_nbytes: int
     batcher: Batcher
     cache: VersionCache | None
     statistics: Statistics
@@ -50,8 +52,8 @@ class Servable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds: weights and workspace."""
-        return self.manifest.nbytes + self.workspace_nbytes
+        """Bytes that it holds of the memory of a device: weights and workspace."""
+        return self.weights_nbytes + self.workspace_nbytes
 
     async def close(self, grace_s: float) -> bool:
         """Forgets answers and closes the queue; see `Batcher.close`."""
@@ -78,6 +80,7 @@ def serve(
         verdict=loaded.verdict,
         bucket_rows=loaded.executor.bucket_rows,
         workspace_nbytes=loaded.executor.workspace_nbytes,
+        weights_nbytes=loaded.executor.weights_nbytes,
         distributions=loaded.distributions,
         kernel=loaded.executor.kernel,
         batcher=Batcher(

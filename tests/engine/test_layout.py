@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import flax.linen as nn
 import numpy as np
 import pytest
 
-from aqt_engine import QuantMode, config, convert, flax
+from aqt_engine import QuantMode, bundle, config, convert, flax
 from aqt_engine.layout import Layout
 from aqt_engine.manifest import WeightSpec
 
@@ -33,21 +34,56 @@ def normalized(mode=QuantMode.TRAIN):
     return nn.Sequential([first, nn.gelu, norm, second, nn.softmax, third])
 
 
+def chained(mode=QuantMode.TRAIN):
+    """Kernels beside which all else is small."""
+    int8 = flax.AqtDotGeneral(config.fully_quantized(), rhs_quant_mode=mode)
+    return nn.Sequential([nn.Dense(512, use_bias=False, dot_general=int8) for _ in range(6)])
+
+
+WIDE = np.random.default_rng(1).normal(size=(8, 512)).astype(np.float32)
+
+
+def run(script, *arguments, devices):
+    """A process that is started in Python, with so many devices."""
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, Path(__file__).with_name(script), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+
+def answers(*processes):
+    """What each printed last, as JSON."""
+    try:
+        done = [process.communicate(timeout=BOUND_S) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, done, strict=True):
+        assert process.returncode == 0, errors
+    return [json.loads(output.splitlines()[-1]) for output, _ in done]
+
+
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def chain(tmp_path_factory):
+    """Where a bundle of `chained` lies."""
+    import jax
+
+    path = tmp_path_factory.mktemp("bundle") / "chain" / "1"
+    variables = jax.jit(chained().init)(jax.random.key(0), WIDE)
+    convert.convert(chained, variables, {"inputs": WIDE}, path, tile=8)
+    return path
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory, chain):
     import jax
 
     path = tmp_path_factory.mktemp("bundle") / "normalized" / "1"
     x = np.random.default_rng(0).normal(size=(32, 64)).astype(np.float32)
     variables = jax.jit(normalized().init)(jax.random.key(0), x)
     convert.convert(normalized, variables, {"inputs": x}, path, tile=8)
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    command = [sys.executable, Path(__file__).parent / "eight_devices.py", path]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=BOUND_S, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    (told,) = answers(run("eight_devices.py", path, chain, devices=8))
+    return told
 
 
 @pytest.fixture
@@ -72,6 +108,54 @@ def test_the_partitioner_alone_would_change_bits(told):
 def test_only_integers_are_added_up_across_devices(found):
     for (_, shards), result in found.items():
         assert result["added_across_devices"] == (["s32"] if shards > 1 else [])
+
+
+@pytest.mark.slow
+def test_each_part_of_a_weight_is_read_once_and_by_itself(found):
+    for (_, shards), result in found.items():
+        parts = {
+            w // shards if of else w for w, of in zip(result["weights"], cut(result), strict=True)
+        }
+        assert result["read_at_once"] == sorted(parts)
+        assert len(parts) > 1
+        # Also those that several copies hold. What lies between short runs is read each time.
+        assert result["read"] >= sum(result["weights"])
+        assert (result["read"] == sum(result["weights"])) == (shards == 1)
+        assert result["here"] == result["weights"], "all devices of a CPU share its memory"
+
+
+def cut(result):
+    return [axis is not None for axis in result["axes"].values()]
+
+
+@pytest.mark.slow
+def test_what_a_proof_compares_shards_with_splits_no_sum_and_reads_nothing(told, found):
+    for (_, shards), result in found.items():
+        assert result["differing_gathered"] == 0
+        assert result["read_to_gather"] == 0
+        assert result["gathers"] == (sum(cut(result)) if shards > 1 else 0)
+        assert result["other_sums"] == 0
+    # As whatever the partitioner does, it is told nothing but that weights are whole.
+    assert told["left_gathered"] == 0
+
+
+@pytest.mark.slow
+def test_each_host_reads_only_what_its_devices_hold(chain):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    hosts = (run("one_of_two_hosts.py", chain, address, index, devices=4) for index in (0, 1))
+    weights = bundle.read_manifest(chain).weights
+    kernels = sum(w.nbytes for w in weights if w.role == "qvalue")
+    others = sum(w.nbytes for w in weights if w.role != "qvalue")
+    for host in answers(*hosts):
+        assert host["read"] == host["here"] == kernels // 2 + others
+        assert host["read_at_once"] == 512 * 512 // 8
+        assert host["differing"] == host["differing_gathered"] == 0
+
+
+@pytest.mark.slow
+def test_what_gathers_weights_holds_few_of_them_at_once(told):
+    assert 1 <= told["most_gathered"] < 2
 
 
 @pytest.mark.slow

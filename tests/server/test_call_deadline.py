@@ -40,6 +40,7 @@ class OneModel:
             verdict="",
             bucket_rows=(4,),
             workspace_nbytes=0,
+            weights_nbytes=0,
             batcher=Batcher(self._compute, max_batch_rows=4, queue_rows=8, statistics=statistics),
             cache=None,
             statistics=statistics,
