@@ -1,11 +1,15 @@
 """A model repository that is a directory, NAME/VERSION/, with a mark of the state of its files."""
 
+import contextlib
+import os
 from pathlib import Path
 
 Key = tuple[str, int]
 """A model's name and a version's number."""
 Fingerprint = tuple[tuple[str, int, int | str], ...]
 """Path, size and a mark, such as the time of change, of each file: equal while nothing changes."""
+
+_NO_FOLDER = FileNotFoundError, NotADirectoryError, PermissionError
 
 
 class SourceError(Exception):
@@ -60,10 +64,15 @@ def is_version(name: str) -> bool:
 
 def _fingerprint(path: Path) -> Fingerprint:
     marks: list[tuple[str, int, int | str]] = []
-    for file in sorted(path.rglob("*")):
-        try:
-            status = file.stat()
-        except FileNotFoundError:
-            continue  # it was removed while we looked, and the next look will tell
-        marks.append((str(file), status.st_size, status.st_mtime_ns))
-    return tuple(marks)
+    folders = [os.fspath(path)]
+    # Not by `Path`, which takes three times as long, and this is done every few seconds.
+    while folders:
+        with contextlib.suppress(*_NO_FOLDER), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                # What was removed while we looked, the next look will tell.
+                with contextlib.suppress(FileNotFoundError):
+                    status = entry.stat()
+                    marks.append((entry.path, status.st_size, status.st_mtime_ns))
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+    return tuple(sorted(marks))

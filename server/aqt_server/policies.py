@@ -131,6 +131,10 @@ class Policy:
         return self.number(max(weights, key=lambda t: math.log(_draw(request_id, t)) / weights[t]))
 
 
+_WITHOUT = Policy()
+"""That of a model that the file does not name."""
+
+
 def _draw(request_id: str, target: str) -> float:
     """A number between 0 and 1, neither of them."""
     found = hashlib.blake2b(f"{target}\0{request_id}".encode(), digest_size=6).digest()
@@ -155,7 +159,7 @@ class Policies:
     def of(self, name: str) -> Policy:
         """The policy of the model `name`."""
         policies = self._read.value if self._read else _NOTHING
-        return policies.get(name) or policies.get(_DEFAULT) or Policy()
+        return policies.get(name) or policies.get(_DEFAULT) or _WITHOUT
 
 
 def _read(file: Path) -> Mapping[str, Policy]:
