@@ -35,9 +35,12 @@ class ServiceTime:
         """Counts a batch of `rows` rows that took so long."""
         averages = self._averages.setdefault(group, {})
         size = _size(rows)
+        # One that was slow once would be refused for ever, where only smaller ones are taken then.
+        for other, (mean, deviation) in averages.items():
+            averages[other] = mean, deviation * (1 - _WEIGHT)
         before, deviation = averages.get(size, (seconds, 0.0))
         off = seconds - before
-        averages[size] = before + _WEIGHT * off, deviation + _WEIGHT * (abs(off) - deviation)
+        averages[size] = before + _WEIGHT * off, deviation + _WEIGHT * abs(off)
 
     def expected(self, group: Hashable, rows: int) -> float:
         """Seconds that a batch of `rows` rows takes in the mean.
