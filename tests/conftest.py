@@ -1,6 +1,7 @@
 """Settings that every test runs under."""
 
 import os
+import re
 from pathlib import Path
 
 import hypothesis
@@ -9,6 +10,7 @@ from aqt_server.compiled import keep_in
 from compiled import shared_cache
 
 ENGINE = Path(__file__).parent / "engine"
+SLOW_AS_A_WHOLE = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.slow\b", re.MULTILINE)
 
 # What a worker or a server has compiled, no other compiles again.
 keep_in(Path(shared_cache()))
@@ -21,6 +23,13 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="run those marked long too")
+
+
+def pytest_ignore_collect(collection_path, config):
+    # To import what is then left out would take a third as long as the fast tests.
+    if config.option.markexpr == "not slow" and collection_path.match("test_*.py"):
+        return bool(SLOW_AS_A_WHOLE.search(collection_path.read_text())) or None
+    return None
 
 
 def pytest_collection_modifyitems(config, items):

@@ -139,6 +139,7 @@ def linen_in_float():
     return nn.Dense(3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "checkpoint", "modules"),
     [

@@ -12,6 +12,8 @@ from benchmarks import training as training_benchmark
 from examples.papers import pareto
 from examples.papers.binary import binary
 
+pytestmark = pytest.mark.slow
+
 EXPERIMENTS = ("pareto", "binary", "native_4bit", "int8_backward")
 
 
@@ -27,7 +29,6 @@ def compiled_in_haste():
     jax.clear_caches()
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_in_haste")
 @pytest.mark.parametrize(
     "name",
@@ -52,7 +53,6 @@ def test_experiment_prints_a_table_and_writes_numbers_and_a_plot(name, tmp_path,
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_in_haste")
 def test_training_benchmark_gives_ratios_to_the_float_step(tmp_path, capsys, monkeypatch):
     chosen = ("float", "config_v4(): int8, drhs float", "config_fwd_fp8()")

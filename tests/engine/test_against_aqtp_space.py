@@ -41,6 +41,7 @@ with warnings.catch_warnings():
     import aqt.jax.v2.stochastic_rounding as aqtp_noise
     import aqt.jax.v2.tiled_dot_general as aqtp_tiled
 
+pytestmark = pytest.mark.slow
 WIDE, NARROW = 32, 16  # configurations of float32, and of 16 bits
 SHORT_WIDE, SHORT_NARROW = 14, 5  # those of them that are not for the long form alone
 CASES = 120  # of each
@@ -311,7 +312,6 @@ def test_every_value_of_every_choice_is_drawn():
     assert (len(SHORT) + len(TILED)) * CASES >= 2400
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "choice", [*SHORT, *(pytest.param(choice, marks=pytest.mark.long) for choice in LONG)], ids=str
 )
@@ -336,7 +336,6 @@ TILED = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("contraction", "dtype"),
     [

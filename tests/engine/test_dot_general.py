@@ -27,6 +27,17 @@ def operands(lhs=(4, 16), rhs=(16, 3), seed=0, dtype=np.float32):
     return jnp.asarray(rng.normal(size=lhs), dtype), jnp.asarray(rng.normal(size=rhs), dtype)
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames="preferred_element_type")
+def matmul(c, lhs, rhs, lhs_scale=None, preferred_element_type=None):
+    """Compiled whole: eager, each operation is compiled by itself."""
+    return c(lhs, rhs, MATMUL, lhs_scale=lhs_scale, preferred_element_type=preferred_element_type)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def stored(side, x, axis):
+    return side.quantizer(None).quant(x, calibration_axes=axis)[0]
+
+
 def quantized(x, axes):
     """int8 values and scale, by NumPy in float32, as the documentation of the module says."""
     absmax = np.abs(x).max(axis=tuple(axes), keepdims=True)
@@ -80,7 +91,7 @@ def test_integers_and_scales_of_a_matmul():
     for seed in range(20):
         lhs, rhs = operands(seed=seed)
         (ql, sl), (qr, sr) = quantized(np.asarray(lhs), (1,)), quantized(np.asarray(rhs), (0,))
-        assert_same_bits(INT8(lhs, rhs, MATMUL), (ql @ qr).astype(np.float32) * sl * sr)
+        assert_same_bits(matmul(INT8, lhs, rhs), (ql @ qr).astype(np.float32) * sl * sr)
 
 
 def straight_through(lhs, rhs, g):
@@ -121,7 +132,8 @@ def test_clip_gradient_stops_gradients_of_clipped_values():
     c = config.update(INT8, "fwd.*", numerics=clipping)
     g = jnp.ones((4, 3))
     dlhs, _ = gradients(c, lhs, rhs, g)
-    largest = np.abs(lhs) == np.abs(lhs).max(1, keepdims=True)
+    x = np.asarray(lhs)
+    largest = np.abs(x) == np.abs(x).max(1, keepdims=True)
     assert (np.asarray(dlhs)[largest] == 0).all()  # 127.5, beyond the last centre
     assert (np.asarray(dlhs)[~largest] != 0).all()
 
@@ -159,7 +171,7 @@ def test_stochastic_rounding_needs_a_key_only_where_it_rounds():
     lhs, rhs = operands()
     c = config.fully_quantized()
     g = jnp.ones((4, 3))
-    assert c(lhs, rhs, MATMUL).shape == (4, 3)
+    assert matmul(c, lhs, rhs).shape == (4, 3)
     with pytest.raises(ValueError, match="needs a PRNG key"):
         gradients(c, lhs, rhs, g)
     same = [gradients(c, lhs, rhs, g, jax.random.key(s)) for s in (0, 0, 1)]
@@ -169,21 +181,20 @@ def test_stochastic_rounding_needs_a_key_only_where_it_rounds():
 
 def test_a_stored_side_gives_the_same_bits():
     lhs, rhs = operands()
-    left, _ = INT8.fwd.lhs.quantizer(None).quant(lhs, calibration_axes=1)
-    right, _ = INT8.fwd.rhs.quantizer(None).quant(rhs, calibration_axes=0)
-    expected = INT8(lhs, rhs, MATMUL)
+    left, right = stored(INT8.fwd.lhs, lhs, 1), stored(INT8.fwd.rhs, rhs, 0)
+    expected = matmul(INT8, lhs, rhs)
     for a, b in ((left, rhs), (lhs, right), (left, right)):
-        assert_same_bits(INT8(a, b, MATMUL), expected)
+        assert_same_bits(matmul(INT8, a, b), expected)
     with pytest.raises(TypeError, match="stored QTensor has no gradient"):
-        jax.grad(lambda x: INT8(x, right, MATMUL).sum())(lhs)
+        jax.grad(lambda x: matmul(INT8, x, right).sum())(lhs)
 
 
 def test_a_given_scale_takes_the_place_of_calibration():
     lhs, rhs = operands()
-    own = INT8.fwd.lhs.quantizer(None).calibrate(lhs, calibration_axes=1)
-    assert_same_bits(INT8(lhs, rhs, MATMUL, lhs_scale=own), INT8(lhs, rhs, MATMUL))
+    own = Scale(stored(INT8.fwd.lhs, lhs, 1).scale)
+    assert_same_bits(matmul(INT8, lhs, rhs, lhs_scale=own), matmul(INT8, lhs, rhs))
     fixed = Scale(jnp.full((1, 1), 0.05, jnp.float32))
-    found = INT8(lhs, rhs, MATMUL, lhs_scale=fixed)
+    found = matmul(INT8, lhs, rhs, lhs_scale=fixed)
     (qr, sr), scale = quantized(np.asarray(rhs), (0,)), np.float32(0.05)
     ql = np.round(np.clip(np.asarray(lhs) * (np.float32(1) / scale), -127, 127)).astype(np.int64)
     assert_same_bits(found, (ql @ qr).astype(np.float32) * scale * sr)
@@ -195,10 +206,10 @@ def test_forward_shards_have_scales_of_their_own(count):
     lhs, rhs = operands((4, 16), (16, 3))
     c = config.update(INT8, "fwd", local_aqt=LocalAqt(contraction_axis_shard_count=count))
     parts = [
-        INT8(a, b, MATMUL)
+        matmul(INT8, a, b)
         for a, b in zip(jnp.split(lhs, count, 1), jnp.split(rhs, count, 0), strict=True)
     ]
-    found = c(lhs, rhs, MATMUL)
+    found = matmul(c, lhs, rhs)
     np.testing.assert_allclose(found, sum(parts), rtol=1e-6, atol=1e-6)
     g = jnp.cos(found)
     for a, b in zip(gradients(c, lhs, rhs, g), straight_through(lhs, rhs, g), strict=True):
@@ -213,7 +224,7 @@ def test_shards_help_where_magnitudes_differ():
     error = {}
     for count in (1, 2):
         c = config.update(INT8, "fwd", local_aqt=LocalAqt(contraction_axis_shard_count=count))
-        error[count] = float(jnp.abs(c(lhs, rhs, MATMUL) - lhs @ rhs).mean())
+        error[count] = float(jnp.abs(matmul(c, lhs, rhs) - lhs @ rhs).mean())
     assert error[2] < 0.1 * error[1]
 
 
@@ -233,16 +244,20 @@ def test_backward_shards_equal_a_manual_split():
 
 def test_a_nan_or_an_infinity_spoils_the_values_that_share_its_scale_and_no_others():
     lhs, rhs = operands()
-    clean = INT8(lhs, rhs, MATMUL)
+    clean = matmul(INT8, lhs, rhs)
     for bad in (np.nan, np.inf, -np.inf):
-        spoiled = INT8(lhs.at[1, 5].set(bad), rhs, MATMUL)
+        x = np.array(lhs)
+        x[1, 5] = bad
+        spoiled = np.asarray(matmul(INT8, x, rhs))
         assert np.isnan(spoiled[1]).all()
-        assert_same_bits(spoiled[np.asarray([0, 2, 3])], clean[np.asarray([0, 2, 3])])
+        assert_same_bits(np.delete(spoiled, 1, 0), np.delete(clean, 1, 0))
 
 
 def test_zero_rows_give_zeros():
     lhs, rhs = operands()
-    out = INT8(lhs.at[2].set(0), rhs, MATMUL)
+    x = np.array(lhs)
+    x[2] = 0
+    out = np.asarray(matmul(INT8, x, rhs))
     assert (out[2] == 0).all()
     assert np.isfinite(out).all()
 
@@ -261,15 +276,16 @@ def test_a_sum_that_could_overflow_is_refused():
 
 def test_integers_are_no_operands():
     lhs, rhs = operands()
-    for a, b, side in ((lhs.astype(np.int8), rhs, "lhs"), (lhs, rhs.astype(np.int32), "rhs")):
+    whole = np.asarray(lhs).astype(np.int8), np.asarray(rhs).astype(np.int32)
+    for a, b, side in ((whole[0], rhs, "lhs"), (lhs, whole[1], "rhs")):
         with pytest.raises(TypeError, match=f"`{side}` has dtype"):
-            INT8(a, b, MATMUL)
+            matmul(INT8, a, b)
 
 
 def test_the_result_has_the_dtype_of_the_left_or_the_preferred_one():
     lhs, rhs = operands(dtype=jnp.bfloat16)
-    assert INT8(lhs, rhs, MATMUL).dtype == jnp.bfloat16
-    wide = INT8(lhs, rhs, MATMUL, preferred_element_type=jnp.float32)
+    assert matmul(INT8, lhs, rhs).dtype == jnp.bfloat16
+    wide = matmul(INT8, lhs, rhs, preferred_element_type=jnp.float32)
     assert wide.dtype == jnp.float32
 
 
@@ -330,14 +346,14 @@ def test_a_scale_that_varies_along_the_sum_is_refused():
     lhs, rhs = operands()
     c = config.update(INT8, "fwd.lhs", calib_shared_axes=())
     with pytest.raises(ValueError, match="varies along contracted axes"):
-        c(lhs, rhs, MATMUL)
+        matmul(c, lhs, rhs)
 
 
 def test_shards_that_do_not_fit_are_refused():
     lhs, rhs = operands()
     c = config.update(INT8, "fwd", local_aqt=LocalAqt(contraction_axis_shard_count=3))
     with pytest.raises(ValueError, match="16 cannot be split"):
-        c(lhs, rhs, MATMUL)
+        matmul(c, lhs, rhs)
 
 
 def test_configurations_are_values():

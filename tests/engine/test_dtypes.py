@@ -11,7 +11,7 @@ from jax import export
 from aqt_engine import config, dot_general
 from aqt_engine.numerics import FloatNumerics, Fp8Numerics
 from aqt_engine.ops.dot_general import quantize_rhs
-from engine.contractions import assert_same_bits
+from engine.contractions import assert_same_bits, compiled, value_and_gradients
 
 MATMUL = (((1,), (0,)), ((), ()))
 
@@ -36,11 +36,11 @@ def test_a_narrow_weight_with_int8_activations(bits, dtype):
     lhs, rhs = operands()
     narrow = config.DotGeneral(fwd=config.raw(config.int_tensor(8), stored_as(bits, dtype)))
     wide = config.DotGeneral(fwd=config.raw(config.int_tensor(8), stored_as(bits, jnp.int8)))
-    stored = quantize_rhs(rhs, 2, MATMUL, config=narrow)
+    stored = jax.jit(lambda w: quantize_rhs(w, 2, MATMUL, config=narrow))(rhs)
     assert stored.qvalue.dtype == dtype
     expected = run(wide, lhs, rhs)
     assert_same_bits(run(narrow, lhs, rhs), expected)
-    assert_same_bits(dot_general(lhs, stored, MATMUL, config=narrow), expected)
+    assert_same_bits(run(narrow, lhs, stored), expected)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -81,12 +81,13 @@ def test_binary_contractions_and_gradients():
     lhs, rhs = operands()
     side = config.int_tensor(1)
     c = config.DotGeneral(fwd=config.raw(side, side))
-    out, vjp = jax.vjp(lambda a, b: dot_general(a, b, MATMUL, config=c), lhs, rhs)
+    out, dlhs, drhs = compiled(
+        value_and_gradients, lambda a, b: dot_general(a, b, MATMUL, config=c)
+    )(lhs, rhs, np.ones((4, 3), np.float32))
     x, w = np.asarray(lhs), np.asarray(rhs)
     x_scale, w_scale = np.abs(x).max(1, keepdims=True), np.abs(w).max(0, keepdims=True)
     signs = np.where(x < 0, -0.5, 0.5) @ np.where(w < 0, -0.5, 0.5)
     np.testing.assert_allclose(out, signs * x_scale * w_scale, rtol=1e-6)
-    dlhs, drhs = vjp(jnp.ones_like(out))
     np.testing.assert_allclose(dlhs, np.ones_like(out) @ w.T, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(drhs, x.T @ np.ones_like(out), rtol=1e-5, atol=1e-5)
 
@@ -97,7 +98,8 @@ def test_a_float4_weight():
     c = config.DotGeneral(fwd=config.raw(config.Tensor(), config.Tensor(numerics=fp4)))
     wide = dataclasses.replace(fp4, dtype=jnp.float32)
     expected = run(config.update(c, "fwd.rhs", numerics=wide), lhs, rhs)
-    assert quantize_rhs(rhs, 2, MATMUL, config=c).qvalue.dtype == jnp.float4_e2m1fn
+    stored = jax.eval_shape(lambda w: quantize_rhs(w, 2, MATMUL, config=c), rhs)
+    assert stored.qvalue.dtype == jnp.float4_e2m1fn
     assert_same_bits(run(c, lhs, rhs), expected)
 
 
@@ -106,6 +108,6 @@ def test_integers_beyond_the_range_of_float16_are_refused(bits):
     lhs, rhs = operands(jnp.float16)
     c = config.config_v4(bits, None, None)
     with pytest.raises(ValueError, match=rf"{bits}-bit integers reach .* float16 ends at 65504"):
-        dot_general(lhs, rhs, MATMUL, config=c)
-    q, _ = config.int_tensor(16).quantizer(None).quant(lhs, 1)
+        jax.eval_shape(lambda a, b: dot_general(a, b, MATMUL, config=c), lhs, rhs)
+    q = jax.jit(lambda x: config.int_tensor(16).quantizer(None).quant(x, 1)[0])(lhs)
     assert np.isfinite(np.asarray(q.qvalue)).all()

@@ -14,6 +14,7 @@ from aqt_engine.execution import Program
 from aqt_engine.flax import AqtConvGeneralDilated, AqtDotGeneral
 from engine.contractions import assert_same_bits
 
+pytestmark = pytest.mark.slow
 FULLY = config.fully_quantized()
 
 
@@ -40,7 +41,6 @@ def images(count=64):
     return (digits.images[:count, ..., None] / 16).astype(np.float32), digits.target[:count]
 
 
-@pytest.mark.slow
 def test_the_modes_give_the_same_bits_and_serving_never_looks_at_the_float_kernel():
     x, _ = images(4)
     variables = initial(x)
@@ -74,7 +74,6 @@ def test_without_a_configuration_it_is_the_float_convolution():
     assert_same_bits(Plain(True).apply(variables, x), Plain(False).apply(variables, x))
 
 
-@pytest.mark.slow
 def test_it_trains_with_every_contraction_quantized():
     x, y = images(512)
     model = ConvNet()
@@ -99,7 +98,6 @@ def test_it_trains_with_every_contraction_quantized():
     assert losses[-1] < 0.3 * losses[0]
 
 
-@pytest.mark.slow
 def test_a_converted_convolution_is_exact_in_every_bucket(tmp_path):
     x, _ = images(48)
     variables = initial(x)

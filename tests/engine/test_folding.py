@@ -62,6 +62,7 @@ def test_weights_on_either_side_leave_no_float_copy():
     }
 
 
+@pytest.mark.slow
 def test_what_is_done_to_a_weight_before_it_is_quantized_is_done_beforehand():
     def standardized(v, x):
         w = v["kernel"]
@@ -76,13 +77,16 @@ def test_what_is_done_to_a_weight_before_it_is_quantized_is_done_beforehand():
 @pytest.mark.parametrize(
     "cfg",
     [
-        config.weight_only(),
-        config.weight_only(bits=4),
-        config.config_v4(fwd_bits=4),
-        config.config_fwd_fp8(),
-        config.update(INT8, "fwd", local_aqt=config.LocalAqt(3)),
+        pytest.param(config.weight_only(), id="weight-only"),
+        pytest.param(config.weight_only(bits=4), id="weight-only-4", marks=pytest.mark.slow),
+        pytest.param(config.config_v4(fwd_bits=4), id="int4"),
+        pytest.param(config.config_fwd_fp8(), id="fp8", marks=pytest.mark.slow),
+        pytest.param(
+            config.update(INT8, "fwd", local_aqt=config.LocalAqt(3)),
+            id="local",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["weight-only", "weight-only-4", "int4", "fp8", "local"],
 )
 def test_every_manner_of_quantizing_is_stored_as_it_is_multiplied(cfg):
     stored = fold(lambda v, x: dense(x, v["w"], cfg), {"w": normal(6, 8)}, x=X)
@@ -96,6 +100,7 @@ def test_a_scale_that_nothing_decides_stays_a_constant():
     assert stored == {"w/qvalue": "int8"}
 
 
+@pytest.mark.slow
 def test_convolution():
     def conv(v, x):
         return conv_general_dilated(
@@ -106,6 +111,7 @@ def test_convolution():
     assert stored == {"kernel/qvalue": "int8", "kernel/scale": "float32"}
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_used_twice_is_stored_once_and_otherwise_numbered():
     def twice(v, x):
         once = dense(dense(x, v["w"]), v["w"])
@@ -132,12 +138,13 @@ def test_a_linen_model_needs_no_modes():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap",
     [
         pytest.param(lambda f: f, id="plain"),
-        pytest.param(jax.checkpoint, id="remat", marks=pytest.mark.slow),
-        pytest.param(jax.jit, id="jit", marks=pytest.mark.slow),
+        pytest.param(jax.checkpoint, id="remat"),
+        pytest.param(jax.jit, id="jit"),
     ],
 )
 def test_layers_that_are_scanned_over(wrap):
@@ -186,6 +193,7 @@ def test_scans_in_scans_and_slices_by_a_counter():
     assert not {"w", "sliced"} & set(fold(nested, variables, x=X))
 
 
+@pytest.mark.slow
 def test_while_loops_and_branches():
     def control(v, x):
         def turn(state):
@@ -198,6 +206,7 @@ def test_while_loops_and_branches():
     assert not {"looped", "branched"} & set(fold(control, variables, x=X))
 
 
+@pytest.mark.slow
 def test_the_graph_can_be_traced_at_other_sizes():
     def attention(v, x):
         return jax.nn.softmax(dense(x, v["w"]) @ x.T) @ x
@@ -225,6 +234,7 @@ def test_refused_where_it_cannot_be_folded():
         convert.Function(sharded).serving({"w": normal(6, 6)}, {"x": X})
 
 
+@pytest.mark.slow
 def test_marks_are_in_the_jaxpr_alone(monkeypatch):
     def gradient(x, w):
         return jax.grad(
@@ -241,6 +251,7 @@ def test_marks_are_in_the_jaxpr_alone(monkeypatch):
     assert jax.jit(gradient).lower(X, w).as_text() == lowered
 
 
+@pytest.mark.slow
 def test_remat_policies_can_save_what_was_quantized():
     def saved(*names):
         policy = jax.checkpoint_policies.save_only_these_names(*names)

@@ -170,6 +170,7 @@ def test_noise_needs_a_key_and_every_site_and_turn_has_its_own():
     assert (found[0] != 3 * once(W, X, context=Context(key=jax.random.key(0)))).any()
 
 
+@pytest.mark.slow
 def test_functions_with_a_derivative_of_their_own_stay_as_they_are():
     @jax.custom_vjp
     def doubled(x, w):
@@ -197,6 +198,7 @@ def test_functions_with_a_derivative_of_their_own_stay_as_they_are():
     assert_same_bits(alone, by_hand)
 
 
+@pytest.mark.slow
 def test_paths_of_linen_modules_and_of_transformed_scopes():
     model = nn.Sequential([nn.Dense(6), nn.relu, nn.Dense(3)])
     variables = jax.jit(model.init)(jax.random.key(0), X)
@@ -227,6 +229,7 @@ def test_arguments_that_are_no_arrays_reach_the_function():
 STATIC = config.update(INT8, "fwd.lhs", calibration=MeanOfAbsMaxCalibration())
 
 
+@pytest.mark.slow
 def test_static_calibration_of_functions():
     def fn(v, x):
         h = jnp.tanh(x @ v["first"])

@@ -108,6 +108,7 @@ def assert_modes_agree(factory, variables, x, by_hand):
     assert_same_bits(apply(factory(SERVE), {**variables, **aqt}, x), expected)
 
 
+@pytest.mark.slow
 def test_what_a_transformation_does_not_carry_is_named():
     class Scanned(nn.Module):
         @nn.compact
@@ -126,6 +127,7 @@ def test_what_a_transformation_does_not_carry_is_named():
         factory(CONVERT).apply(variables, X, mutable=["aqt"])
 
 
+@pytest.mark.slow
 def test_a_jitted_layer_is_not_taken_from_another_mode():
     class Inner(nn.Module):
         @nn.compact
@@ -224,6 +226,7 @@ def test_rules_without_effect_are_refused_once_the_model_is_known():
             call()
 
 
+@pytest.mark.slow
 def test_another_method_of_the_model():
     class Coder(nn.Module):
         def setup(self):

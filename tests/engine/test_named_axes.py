@@ -52,6 +52,7 @@ def linen(logical):
 STORED = "aqt/AqtDotGeneral_0/qrhs/qvalue"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logical", [False, True])
 def test_boxes_of_linen(logical):
     model, variables = linen(logical)

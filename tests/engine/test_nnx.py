@@ -148,6 +148,7 @@ def test_trained_with_stochastic_rounding_each_call_draws_its_own():
     assert int(model.layers[0].dot_general.rngs.count[...]) == 20
 
 
+@pytest.mark.slow
 def test_static_calibration():
     model = aqt_nnx.quantize(nnx.Linear(4, 5, rngs=nnx.Rngs(0)), everywhere(STATIC))
     dynamic = aqt_nnx.quantize(nnx.Linear(4, 5, rngs=nnx.Rngs(0)), everywhere(QUIET))
@@ -174,6 +175,7 @@ def test_static_calibration():
     assert_same_bits(served, jax.jit(graph.train)(calibrated, {"inputs": X}))
 
 
+@pytest.mark.slow
 def test_calibrations_that_learn_in_training_stop_in_evaluation():
     delayed = config.update(
         config.config_v4(use_stochastic_rounding=False),

@@ -14,12 +14,19 @@ import pytest
 from aqt_engine import Context
 from aqt_engine.calibration import AbsMaxCalibration
 from aqt_engine.numerics import IntNumerics, NoNumerics, Uniform
+from aqt_engine.qtensor import Scale
 from aqt_engine.quantizer import Quantizer
 from engine.contractions import assert_same_bits
 
 SHAPE = (6, 8)  # one for all cases: each operation is compiled once
-DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+dtypes = pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(np.float32, id="float32"),
+        pytest.param(ml_dtypes.bfloat16, id="bfloat16", marks=pytest.mark.slow),
+        pytest.param(np.float16, id="float16", marks=pytest.mark.slow),
+    ],
+)
 # Bits, preserve_zero, preserve_max_val.
 KINDS = [
     (1, False, False),
@@ -48,14 +55,29 @@ def quantizer(*kind, **changes):
 
 
 @functools.cache
-def compiled(*kind):
+def compiled(*kind, **changes):
     """The jitted quantizer of rows."""
-    return jax.jit(lambda x: quantizer(*kind).quant(x, calibration_axes=-1)[0])
+    return compiled_rows(quantizer(*kind, **changes))
+
+
+def compiled_rows(quantizer):
+    return jax.jit(lambda x: quantizer.quant(x, calibration_axes=-1)[0])
+
+
+@functools.cache
+def compiled_gradient(quantizer):
+    """What the rows are quantized to, and the gradient for a cotangent."""
+
+    def run(x, cotangent):
+        found, gradient = quantizer.quant(x, calibration_axes=-1)
+        return found, gradient(cotangent)
+
+    return jax.jit(run)
 
 
 def quant(x, *kind, **changes):
     """As float64, which holds every bucket exactly."""
-    q, _ = quantizer(*kind, **changes).quant(jnp.asarray(x), calibration_axes=-1)
+    q = compiled(*kind, **changes)(x)
     return np.asarray(q.qvalue, np.float64), np.asarray(q.scale, np.float64)
 
 
@@ -123,14 +145,17 @@ def test_within_the_last_bucket_and_half_a_bucket_of_the_value(kind, x):
 
 @hypothesis.given(x=groups(), kind=st.sampled_from(KINDS))
 def test_idempotent(x, kind):
-    q = quantizer(*kind)
-    scale = q.calibrate(jnp.asarray(x), calibration_axes=-1)
-    once, _ = q.quant_with(scale, jnp.asarray(x))
-    twice, _ = q.quant_with(scale, once.dequant())
+    once = compiled(*kind)(x)
+    twice = _with_scale(*kind)(Scale(once.scale), once.dequant())
     assert_same_bits(once.qvalue, twice.qvalue)
     if kind[1]:  # the largest value is then in the last bucket, and calibrates as before
-        again, _ = q.quant(once.dequant(), calibration_axes=-1)
+        again = compiled(*kind)(once.dequant())
         assert_same_bits(once.qvalue, again.qvalue)
+
+
+@functools.cache
+def _with_scale(*kind):
+    return jax.jit(lambda scale, x: quantizer(*kind).quant_with(scale, x)[0])
 
 
 @hypothesis.given(x=groups(), kind=st.sampled_from(KINDS + WIDE))
@@ -167,7 +192,7 @@ def _mapped(*kind):
 def test_jit_and_eager_agree_in_bits_on_a_single_scale(dtype):
     x = np.random.default_rng(0).normal(size=(50, 1, 5)).astype(dtype)
     for row in x:
-        eager, _ = quantizer(8).quant(jnp.asarray(row), calibration_axes=-1)
+        eager = quantizer(8).calibrate(jnp.asarray(row), calibration_axes=-1)
         assert_same_bits(eager.scale, compiled(8)(row).scale)
 
 
@@ -191,23 +216,24 @@ def test_a_group_of_zeros_is_quantized_to_zeros():
 def test_a_scale_too_small_to_invert_quantizes_to_zeros(absmax):
     x = np.full(SHAPE, 1.0, np.float32)
     x[2] = np.float32(absmax) * np.linspace(-1, 1, 8, dtype=np.float32)
-    q, _ = quantizer(8).quant(jnp.asarray(x), calibration_axes=-1)
-    np.testing.assert_array_equal(q.qvalue[2], 0)
-    np.testing.assert_array_equal(q.dequant()[2], 0)
-    np.testing.assert_array_equal(q.qvalue[0], 127)
+    q = compiled(8)(x)
+    qvalue = np.asarray(q.qvalue)
+    np.testing.assert_array_equal(qvalue[2], 0)
+    np.testing.assert_array_equal(np.asarray(q.dequant())[2], 0)
+    np.testing.assert_array_equal(qvalue[0], 127)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_spoils_its_own_group_and_no_other(bad):
     x = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
-    clean, _ = quantizer(8).quant(jnp.asarray(x), calibration_axes=-1)
-    x[2, 3] = bad
-    q, _ = quantizer(8).quant(jnp.asarray(x), calibration_axes=-1)
-    others = np.arange(6) != 2
-    assert_same_bits(q.qvalue[others], clean.qvalue[others])
-    assert_same_bits(q.scale[others], clean.scale[others])
-    assert not np.isfinite(q.scale[2]).any()
-    assert np.isnan(q.dequant()[2]).all()
+    clean = compiled(8)(x)
+    spoiled = x.copy()
+    spoiled[2, 3] = bad
+    q = compiled(8)(spoiled)
+    for mine, other in ((q.qvalue, clean.qvalue), (q.scale, clean.scale)):
+        assert_same_bits(np.delete(mine, 2, 0), np.delete(other, 2, 0))
+    assert not np.isfinite(np.asarray(q.scale)[2]).any()
+    assert np.isnan(np.asarray(q.dequant())[2]).all()
 
 
 def test_one_bit_is_the_sign():
@@ -218,37 +244,35 @@ def test_one_bit_is_the_sign():
 
 
 def test_without_clip_values_leave_the_last_bucket_and_without_round_their_centre():
-    x = jnp.asarray([[127.5, -60.3, 1.2, 0.0]], jnp.float32)
+    x = np.asarray([[127.5, -60.3, 1.2, 0.0]], np.float32)
     half = AbsMaxCalibration(clipping_scale=0.5)
 
     def buckets(**changes):
         q = Quantizer(numerics=numerics(8, **changes), calibration=half)
-        return np.asarray(q.quant(x, calibration_axes=-1)[0].qvalue)[0]
+        return np.asarray(compiled_rows(q)(x).qvalue)[0]
 
     np.testing.assert_array_equal(buckets(), [127, -121, 2, 0])
     np.testing.assert_array_equal(buckets(clip=False), [255, -121, 2, 0])
     np.testing.assert_allclose(buckets(round=False), [127.5, -120.6, 2.4, 0], rtol=1e-6)
 
 
-@hypothesis.given(x=groups(), clipping_scale=st.sampled_from([0.25, 0.5, 1.0]))
+@hypothesis.given(x=groups(), clipping_scale=st.sampled_from([0.25, 1.0]))
 def test_clip_gradient_stops_the_gradient_where_a_value_is_clipped(x, clipping_scale):
-    x = jnp.asarray(x)
     calibration = AbsMaxCalibration(clipping_scale)
-    q = Quantizer(numerics=numerics(8, clip_gradient=True), calibration=calibration)
-    found, gradient = q.quant(x, calibration_axes=-1)
-    cotangent = jnp.arange(1.0, 1 + x.size).reshape(x.shape)
-    scale = np.asarray(found.scale)
-    inside = np.abs(np.asarray(x) * (1 / scale)) <= 127
-    np.testing.assert_array_equal(gradient(cotangent), np.where(inside, cotangent, 0))
-    _, straight = quantizer(8, calibration=calibration).quant(x, calibration_axes=-1)
-    np.testing.assert_array_equal(straight(cotangent), cotangent)
+    clipping = Quantizer(numerics=numerics(8, clip_gradient=True), calibration=calibration)
+    cotangent = np.arange(1, 1 + x.size, dtype=np.float32).reshape(x.shape)
+    found, gradient = compiled_gradient(clipping)(x, cotangent)
+    inside = np.abs(x * (1 / np.asarray(found.scale))) <= 127
+    np.testing.assert_array_equal(gradient, np.where(inside, cotangent, 0))
+    _, straight = compiled_gradient(quantizer(8))(x, cotangent)
+    np.testing.assert_array_equal(straight, cotangent)
 
 
 def test_the_gradient_passes_at_the_last_centre_and_stops_beyond():
-    x = jnp.asarray([[127.5, 127.25, 127, 126.5, 0, -127, -127.25, -127.5]])  # the scale is 1
+    x = np.float32([[127.5, 127.25, 127, 126.5, 0, -127, -127.25, -127.5]])  # the scale is 1
     q = Quantizer(numerics=numerics(8, clip_gradient=True))
-    _, gradient = q.quant(x, calibration_axes=-1)
-    np.testing.assert_array_equal(gradient(jnp.ones_like(x)), [[0, 0, 1, 1, 1, 1, 0, 0]])
+    _, gradient = compiled_gradient(q)(x, np.ones_like(x))
+    np.testing.assert_array_equal(gradient, [[0, 0, 1, 1, 1, 1, 0, 0]])
 
 
 def test_scale_stop_grad():
@@ -256,17 +280,20 @@ def test_scale_stop_grad():
         q = quantizer(8, scale_stop_grad=stop)
         return sum(jnp.sum(v) for v in jax.tree.leaves(q.calibrate(x, calibration_axes=-1)))
 
-    x = jnp.asarray([[1.0, -3.0, 2.0]])
-    np.testing.assert_array_equal(jax.grad(total)(x, True), [[0, 0, 0]])
-    np.testing.assert_allclose(jax.grad(total)(x, False), [[0, -1 / 127.5, 0]], rtol=1e-6)
+    gradient = jax.jit(jax.grad(total), static_argnums=1)
+    x = np.float32([[1.0, -3.0, 2.0]])
+    np.testing.assert_array_equal(gradient(x, True), [[0, 0, 0]])
+    np.testing.assert_allclose(gradient(x, False), [[0, -1 / 127.5, 0]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_is_unbiased():
-    values = jnp.asarray([-126.4, -3.0, -0.75, -0.01, 0.0, 0.5, 1.25, 20.9, 126.49])
+    values = np.float32([-126.4, -3.0, -0.75, -0.01, 0.0, 0.5, 1.25, 20.9, 126.49])
     count = 20_000
     stochastic = numerics(8, noise_fn=Uniform())
-    keys = jax.random.split(jax.random.key(0), count)
-    draws = np.asarray(jax.vmap(lambda key: stochastic.quantize(values, key))(keys), np.float64)
+    each = jax.vmap(lambda key: stochastic.quantize(jnp.asarray(values), key))
+    draw = jax.jit(lambda key: each(jax.random.split(key, count)))
+    draws = np.asarray(draw(jax.random.key(0)), np.float64)
     x = np.asarray(values, np.float64)
     assert np.all((draws == np.floor(x)) | (draws == np.ceil(x)))
     share = x - np.floor(x)
@@ -280,14 +307,16 @@ def test_stochastic_rounding_is_unbiased():
 def test_stochastic_rounding_repeats_with_its_key_and_stays_in_the_last_bucket():
     x = jnp.asarray(np.random.default_rng(0).normal(size=SHAPE).astype(np.float32))
 
+    @jax.jit
     def draw(seed):
         context = Context(key=jax.random.key(seed))
         q = Quantizer(numerics=numerics(8, noise_fn=Uniform()), context=context)
-        return np.asarray(q.quant(x, calibration_axes=-1)[0].qvalue)
+        return q.quant(x, calibration_axes=-1)[0].qvalue
 
-    assert_same_bits(draw(1), draw(1))
-    assert np.any(draw(1) != draw(2))
-    assert max(np.abs(draw(seed)).max() for seed in range(10)) == 127
+    draws = [np.asarray(draw(seed)) for seed in range(10)]
+    assert_same_bits(draws[1], draw(1))
+    assert np.any(draws[1] != draws[2])
+    assert max(np.abs(x).max() for x in draws) == 127
 
 
 def test_stochastic_rounding_needs_a_key():
@@ -328,11 +357,11 @@ def test_bits_are_whole():
 
 @pytest.mark.parametrize(("bits", "dtype"), [(2, jnp.int4), (4, jnp.int4), (8, jnp.int8)])
 def test_stored_dtype_changes_no_value(bits, dtype):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=SHAPE).astype(np.float32))
-    stored, _ = Quantizer(numerics=numerics(bits, dtype=dtype)).quant(x, calibration_axes=-1)
-    floats, _ = quantizer(bits).quant(x, calibration_axes=-1)
+    x = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    stored = compiled_rows(Quantizer(numerics=numerics(bits, dtype=dtype)))(x)
+    floats = compiled(bits)(x)
     assert stored.qvalue.dtype == dtype
-    np.testing.assert_array_equal(stored.qvalue.astype(jnp.float32), floats.qvalue)
+    np.testing.assert_array_equal(np.asarray(stored.qvalue).astype(np.float32), floats.qvalue)
     # Not in bits: integers have one zero, floats two.
     np.testing.assert_array_equal(stored.dequant(), floats.dequant())
 
@@ -368,7 +397,8 @@ def test_po2_keeps_a_scale_that_is_a_power_of_two():
 )
 def test_axes_that_share_a_scale(own, given, shape):
     x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
-    found, _ = quantizer(8, calib_shared_axes=own).quant(jnp.asarray(x), calibration_axes=given)
+    rows = quantizer(8, calib_shared_axes=own)
+    found = jax.jit(functools.partial(rows.calibrate, calibration_axes=given))(x)
     axes = tuple(i for i, size in enumerate(shape) if size == 1)
     assert found.scale.shape == shape
     absmax = np.max(np.abs(x), axis=axes, keepdims=True)

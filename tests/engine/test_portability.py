@@ -97,6 +97,7 @@ def test_a_quantized_contraction_is_portable_if_its_scales_are_powers_of_two(po2
     assert (names == []) == po2
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from([np.float32, np.float16]).flatmap(
@@ -118,7 +119,9 @@ def test_too_small_a_power_of_two_has_one_for_its_inverse():
     assert float(inverse_power_of_two(jnp.float32(2.0**-130))) == 1.0
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 13])
+@pytest.mark.parametrize(
+    "count", [1, 7, *(pytest.param(count, marks=pytest.mark.slow) for count in (2, 3, 8, 13))]
+)
 def test_an_ordered_sum_adds_halves(count):
     x = np.random.default_rng(count).normal(size=(3, count)).astype(np.float32)
 

@@ -20,24 +20,39 @@ ASYMMETRIC = Quantizer(config.int_numerics(8), calibration=MinMaxCalibration())
 
 def quantized(shape=(4, 6, 5), axes=(1,), seed=0, quantizer=INT8):
     x = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    return quantizer.quant(jnp.asarray(x), axes)[0]
+    return jax.jit(lambda x: quantizer.quant(x, axes)[0])(x)
 
 
 @pytest.mark.parametrize("axes", [(1,), (0, 2)])
 @pytest.mark.parametrize(
     "index",
-    [2, -1, slice(1, 3), (1, 4), (slice(None), 3), (0, slice(2, 5), 1), jnp.asarray([3, 0])],
+    [
+        2,
+        (0, slice(2, 5), 1),
+        np.asarray([3, 0]),
+        *(
+            pytest.param(index, marks=pytest.mark.slow)
+            for index in (-1, slice(1, 3), (1, 4), (slice(None), 3))
+        ),
+    ],
     ids=str,
 )
 def test_a_part_dequantizes_to_the_part(index, axes):
-    q = quantized(axes=axes, quantizer=ASYMMETRIC)
+    q = _asymmetric(axes)
     assert q.bias is not None
-    assert_same_bits(q[index].dequant(), q.dequant()[index])
+    # Not compiled with it: the product and the difference would be rounded at once.
+    part = jax.jit(lambda q: q[index])(q)
+    assert_same_bits(part.dequant(), np.asarray(q.dequant())[index])
+
+
+@functools.cache
+def _asymmetric(axes):
+    return quantized(axes=axes, quantizer=ASYMMETRIC)
 
 
 def test_a_part_under_jit_and_out_of_axes():
     q = quantized()
-    assert_same_bits(jax.jit(lambda q, i: q[i].dequant())(q, 2), q.dequant()[2])
+    assert_same_bits(jax.jit(lambda q, i: q[i].dequant())(q, 2), np.asarray(q.dequant())[2])
     with pytest.raises(IndexError, match="4 indices for a QTensor of 3 dimensions"):
         q[0, 0, 0, 0]
 
@@ -115,6 +130,7 @@ def test_attention_over_a_quantized_cache_is_that_over_quantized_keys_and_values
 
 def test_fake_quantization_passes_gradients_straight_through():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
-    np.testing.assert_array_equal(INT8.fake_quant(x, 1), INT8.quant(x, 1)[0].dequant())
-    gradient = jax.grad(lambda x: (INT8.fake_quant(x, 1) * jnp.arange(4.0)).sum())(x)
+    fake = jax.jit(lambda x: INT8.fake_quant(x, 1))
+    np.testing.assert_array_equal(fake(x), quantized((3, 4), 1).dequant())
+    gradient = jax.jit(jax.grad(lambda x: (INT8.fake_quant(x, 1) * jnp.arange(4.0)).sum()))(x)
     np.testing.assert_array_equal(gradient, np.broadcast_to(np.arange(4.0), (3, 4)))

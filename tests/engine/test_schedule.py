@@ -154,6 +154,7 @@ def test_phases_that_keep_different_statistics_are_refused():
 BOUNDS = st.lists(st.integers(0, 20), unique=True, min_size=2, max_size=6).map(sorted)
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(BOUNDS, st.booleans())
 def test_exactly_one_phase_is_active_at_every_step(bounds, endless):

@@ -124,6 +124,7 @@ def einsum_module(mode):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [dot_general_module, einsum_module])
 def test_a_module_stores_and_serves_tiles(module):
     x, w = operands((4, 12), (12, 6))
