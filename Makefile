@@ -11,6 +11,7 @@ RESOLVE := $(BIN)/uv pip compile --quiet $(PYPROJECTS) --extra otlp --extra repo
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-annotate --no-header $(OURS)
 
+.PHONY: types fast-tests
 .PHONY: demo zoo papers attack faults fuzz soak test test-long check differential fmt proto lock clean
 .PHONY: bench bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness
 .PHONY: bench-memory bench-kernel bench-scale bench-peers bench-overload bench-start lock-peers
@@ -98,8 +99,14 @@ test-long: .venv/installed  ## what `test` leaves out: more models and experimen
 check: .venv/installed  ## lint, types and the fast tests: under two minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
 	$(BIN)/python protos/generate.py --check
+	$(MAKE) --jobs=2 types fast-tests
+
+types:
+	$(BIN)/pyright
+
+# Beside `types`, which keeps one core busy only.
+fast-tests:
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 deploy-test: out/deploy-venv/installed  ## containers, Kubernetes and Helm, by their schemas
