@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import memory
 from benchmarks.compiled import bytes_accessed
+from benchmarks.mortal import mortal
 from benchmarks.peers import environments, layers, report, rounds
 from benchmarks.peers.process import Peer, PeerError, Seconds, started
 from server_process import WAIT_S, eventually
@@ -98,10 +99,34 @@ def test_served_weights_are_read_in_int8_and_not_widened(shape):
 
 
 @pytest.mark.slow
-def test_the_peak_is_of_the_command_and_not_of_what_started_it():
+def test_the_peak_is_of_the_command_and_not_of_what_started_it(tmp_path, monkeypatch):
     held = np.ones(300_000_000, np.uint8)
-    waits = "import time; held = bytearray(b'1' * {}); time.sleep(0.3)"
-    small, large = (memory.peak(sys.executable, "-c", waits.format(n)) for n in (1, 100_000_000))
+    # It ends when it was looked at while it held them.
+    holds = (
+        "import pathlib, sys, time\n"
+        "held, folder = bytearray(b'1' * int(sys.argv[1])), pathlib.Path(sys.argv[2])\n"
+        "(folder / 'holds').touch()\n"
+        "while not (folder / 'seen').exists():\n"
+        "    time.sleep(0.001)\n"
+    )
+    look = memory._status
+
+    def peak(size):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+
+        def seen(process):
+            holds = (folder / "holds").exists()
+            found = look(process)
+            if holds:
+                (folder / "seen").touch()
+            return found
+
+        monkeypatch.setattr(memory, "_status", seen)
+        command = (sys.executable, "-c", holds, str(size), folder)
+        return memory.peak(*mortal(*command))
+
+    small, large = peak(1), peak(100_000_000)
     assert small.resident < held.nbytes
     assert 100_000_000 <= large.resident - small.resident < held.nbytes
     assert 100_000_000 <= large.anonymous - small.anonymous < held.nbytes
