@@ -23,7 +23,8 @@ def predict(
         Path,
         typer.Option(
             metavar="FILE",
-            help="The inputs: .npz or .json by name, or .npy for a model with one input.",
+            help="The inputs: .npz or .json by name; for a model with one input .npy, a picture "
+            "(8-bit, of the model's size; 0 to 1 for floats) or .txt (a row for each line).",
         ),
     ],
     server: Servers = list(LOCAL),  # noqa: B006 - typer copies it

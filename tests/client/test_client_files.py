@@ -160,7 +160,7 @@ def test_json_that_does_not_fit_is_refused(write, datatype, text, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.txt", b"", "is neither .npz, .npy nor .json"),
+        ("x.tsv", b"", "is neither .npz, .npy, .json, .txt nor a picture"),
         ("x.json", b"{", "is not JSON"),
         ("x.json", b"\xff", "is not JSON"),
         ("x.json", b"[1]", "is not a JSON object"),

@@ -1,10 +1,11 @@
 """A model's inputs from a file, and its outputs to one.
 
 Inputs come from `.npz` (arrays by name), `.npy` (the only input) or `.json` (an object of nested
-lists by name). Arrays are converted to the model's datatypes only where no value changes; JSON
-numbers are decimal and take the nearest value of a float datatype. NumPy's files do not know
-bfloat16: two-byte values without a type are read as what they are for a BF16 input, and BF16
-outputs are written as float32, which holds each of them.
+lists by name); from a picture, as one row of the only input; or from `.txt`, a row for each line.
+Arrays are converted to the model's datatypes only where no value changes; JSON numbers are decimal
+and take the nearest value of a float datatype. NumPy's files do not know bfloat16: two-byte values
+without a type are read as what they are for a BF16 input, and BF16 outputs are written as float32,
+which holds each of them.
 """
 
 import json
@@ -16,6 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from aqt_client._media import PICTURES, read_picture, read_text
 from aqt_client._results import InferResult, ModelMetadata, TensorMetadata
 from aqt_protos import tensors
 
@@ -27,16 +29,24 @@ def read_inputs(path: str | os.PathLike[str], model: ModelMetadata) -> dict[str,
 
     Raises:
       ValueError: the file is of no known kind or damaged, its names are not those of the model's
-        inputs, or a value does not fit the input's datatype.
+        inputs, or a value does not fit the input's datatype; it is a picture or a text, and the
+        model takes none, or one of another size.
       OSError: the file cannot be read.
     """
     file = Path(path)
+    if file.suffix.lower() in PICTURES:
+        return read_picture(file, model)
+    if file.suffix == ".txt":
+        return read_text(file, model)
     if file.suffix == ".json":
         values, convert = _read_json(file), _from_json
     elif file.suffix in (".npz", ".npy"):
         values, convert = _read_numpy(file, model), _without_loss
     else:
-        raise ValueError(f"{file} is neither .npz, .npy nor .json: save the inputs as one of them")
+        raise ValueError(
+            f"{file} is neither .npz, .npy, .json, .txt nor a picture ({', '.join(PICTURES)}): "
+            f"save the inputs as one of them"
+        )
     known = {spec.name: spec for spec in model.inputs}
     if values.keys() != known.keys():
         raise ValueError(
