@@ -26,7 +26,7 @@ def pytest_addoption(parser):
 
 
 def pytest_ignore_collect(collection_path, config):
-    # To import what is then left out would take a third as long as the fast tests.
+    # What is left out as a whole need not be imported, with what it imports, in each worker.
     if config.option.markexpr == "not slow" and collection_path.match("test_*.py"):
         return bool(SLOW_AS_A_WHOLE.search(collection_path.read_text())) or None
     return None

@@ -161,8 +161,17 @@ X = (RNG.normal(size=(80, 24)) @ RNG.normal(size=(24, 24))).astype(np.float32)
 KERNEL = {"params": {"kernel": jnp.asarray(RNG.normal(size=(24, 30)), jnp.float32)}}
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("block_size", [1, 7, 128])
+@pytest.mark.parametrize(
+    ("act_order", "block_size"),
+    [
+        (False, 1),
+        (True, 7),
+        *(
+            pytest.param(*of, marks=pytest.mark.long)
+            for of in ((True, 1), (False, 7), (False, 128), (True, 128))
+        ),
+    ],
+)
 def test_the_integers_are_those_of_the_paper(act_order, block_size):
     """Optimal brain surgery step by step: the inverse of H of what is left, each time anew."""
     w = np.asarray(KERNEL["params"]["kernel"], np.float64)
