@@ -16,7 +16,6 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from aqt_engine import heap
 from aqt_engine.layout import Layout
 from aqt_protos import POOL, SERVICE_NAME
 from aqt_server import compiled, http, rest
@@ -45,7 +44,6 @@ _Health: Any = health.aio.HealthServicer  # pyright: ignore[reportAttributeAcces
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _REFUSING_S = 0.5
-_GIVE_BACK_S = 60.0
 _ASK_AFTER_S = 60.0
 _ANSWER_S = 20.0
 _OTHER_FILES = 256
@@ -135,11 +133,9 @@ async def _serve(settings: Settings, source: Source, layout: Layout, leader: Lea
         await _set_health(checks, _SERVING)
 
     watching = asyncio.create_task(repository.watch(settled))
-    giving = asyncio.create_task(_give_back())
     await stop.wait()
     _log.info("stopping: accepted requests have %g s to finish", settings.batching.drain_s)
     watching.cancel()
-    giving.cancel()
     await _set_health(checks, _NOT_SERVING)
     # The doors stay open while the accepted requests finish and a moment longer, so that new ones
     # hear UNAVAILABLE and go elsewhere: what arrives just as gRPC stops, it answers CANCELLED.
@@ -157,13 +153,6 @@ async def _serve(settings: Settings, source: Source, layout: Layout, leader: Lea
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0 if answered else 1)
-
-
-async def _give_back() -> None:
-    # Requests of all sizes leave holes in the heap, in which pages stay that nothing is in.
-    while True:
-        await asyncio.sleep(_GIVE_BACK_S)
-        await asyncio.to_thread(heap.give_back)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
