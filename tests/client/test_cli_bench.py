@@ -83,6 +83,7 @@ def test_answers_with_other_bits_are_found(server, aqt):
     assert json.loads(done.stdout)["different"] == 2
 
 
+@pytest.mark.slow
 def test_inputs_come_from_a_file_and_a_plot_is_drawn(server, aqt, tmp_path):
     np.savez(tmp_path / "x.npz", **X)
     done = aqt("--inputs", tmp_path / "x.npz", "--plot", tmp_path / "plot.svg", "--check")

@@ -126,6 +126,7 @@ def test_percentile_is_one_of_the_values(percentile, expected):
     assert (np.abs(x) <= found).mean() >= percentile / 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("calibration", "error"),
     [

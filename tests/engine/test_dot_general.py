@@ -179,6 +179,7 @@ def test_stochastic_rounding_needs_a_key_only_where_it_rounds():
     assert (same[0][0] != same[2][0]).any()
 
 
+@pytest.mark.slow
 def test_a_stored_side_gives_the_same_bits():
     lhs, rhs = operands()
     left, right = stored(INT8.fwd.lhs, lhs, 1), stored(INT8.fwd.rhs, rhs, 0)

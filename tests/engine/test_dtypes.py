@@ -31,6 +31,7 @@ def stored_as(bits, dtype):
     return dataclasses.replace(config.int_tensor(bits), numerics=numerics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "dtype"), [(2, jnp.int2), (4, jnp.int4), (3, jnp.int4)])
 def test_a_narrow_weight_with_int8_activations(bits, dtype):
     lhs, rhs = operands()

@@ -146,6 +146,7 @@ def test_scales_are_shared_along_the_letters_that_are_summed(
     np.testing.assert_allclose(found, expected, rtol=4 * 2.0**-24, atol=0)
 
 
+@pytest.mark.slow
 def test_each_side_keeps_its_own_configuration_when_the_operands_change_places():
     a, b = operands((3, 64), (64, 5))
     c = config.DotGeneral(fwd=config.raw(config.int_tensor(8), config.int_tensor(2)))
@@ -157,6 +158,7 @@ def test_each_side_keeps_its_own_configuration_when_the_operands_change_places()
     assert np.abs(np.asarray(other) - straight).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_stored_operand_gives_the_same_bits():
     a, b = operands((3, 4), (4, 5))
     c = config.config_v4(8, None, None)

@@ -48,6 +48,7 @@ def two_layers(v, x):
 LAYERS = {"first": W, "second": V}
 
 
+@pytest.mark.slow
 def test_the_first_rule_that_matches_decides_and_the_report_says_so():
     rules = Rules(
         (
@@ -129,6 +130,7 @@ def test_loops_branches_calls_and_their_gradients():
         jax.tree.map(assert_same_bits, found, expected)
 
 
+@pytest.mark.slow
 def test_while_loops():
     def fn(contract):
         return lambda x, w: jax.lax.while_loop(

@@ -71,6 +71,7 @@ def test_weights_of_an_earlier_release_are_told_to_be_converted_again():
         model(SERVE).apply(variables, X)
 
 
+@pytest.mark.slow
 def test_converting_over_what_another_configuration_converted_is_refused():
     with pytest.raises(ValueError, match=r"qrhs is there already.*without the collection 'aqt'"):
         model(CONVERT, INT4).apply(converted(), X, mutable=["aqt"])

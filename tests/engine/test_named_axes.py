@@ -63,6 +63,7 @@ def test_boxes_of_linen(logical):
     }
 
 
+@pytest.mark.slow
 def test_variables_that_were_unboxed_have_the_names_that_the_model_gives():
     model, variables = linen(logical=False)
     assert recorded(model, nn.unbox(variables)) == recorded(model, variables)

@@ -18,6 +18,7 @@ SHAPE = (4, 5, 6)
 AXES = [(), (1,), (0, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", AXES, ids=str)
 @pytest.mark.parametrize(
     ("noise", "theirs"),
@@ -53,6 +54,7 @@ def test_centered_noise_is_16_random_bits_and_symmetric():
     assert levels.max() > 2**16 - 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [Uniform(), Centered()], ids=repr)
 def test_rounding_with_noise_is_unbiased_and_keeps_whole_numbers(noise):
     n = int_numerics(noise)
@@ -65,6 +67,7 @@ def test_rounding_with_noise_is_unbiased_and_keeps_whole_numbers(noise):
         assert set(found.tolist()) == {low, high}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", AXES, ids=str)
 def test_where_noise_is_shared_equal_values_round_alike(axes):
     n = int_numerics(Uniform(axes))

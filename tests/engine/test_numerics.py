@@ -256,6 +256,7 @@ def test_without_clip_values_leave_the_last_bucket_and_without_round_their_centr
     np.testing.assert_allclose(buckets(round=False), [127.5, -120.6, 2.4, 0], rtol=1e-6)
 
 
+@pytest.mark.slow
 @hypothesis.given(x=groups(), clipping_scale=st.sampled_from([0.25, 1.0]))
 def test_clip_gradient_stops_the_gradient_where_a_value_is_clipped(x, clipping_scale):
     calibration = AbsMaxCalibration(clipping_scale)

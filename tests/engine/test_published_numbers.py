@@ -32,6 +32,7 @@ class MlpBlock(nn.Module):
         return nn.Dense(inputs.shape[-1], dot_general=dot_general)(nn.relu(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("partitionable", "quantized", "first_row"),
     [

@@ -23,6 +23,7 @@ def quantized(shape=(4, 6, 5), axes=(1,), seed=0, quantizer=INT8):
     return jax.jit(lambda x: quantizer.quant(x, axes)[0])(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(1,), (0, 2)])
 @pytest.mark.parametrize(
     "index",

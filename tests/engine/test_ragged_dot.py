@@ -113,6 +113,7 @@ def test_forward_equals_aqtp_where_the_groups_share_their_scales():
             assert_same_bits(mine(lhs, rhs, sizes), theirs(lhs, rhs, sizes))
 
 
+@pytest.mark.slow
 def test_a_stored_side_and_a_given_scale():
     lhs, rhs, _ = operands(3)
     expected = compiled(contraction(INT8))(lhs, rhs)

@@ -142,6 +142,7 @@ def test_only_calibrating_moves_a_mean_of_absmax():
     assert counts == {QuantMode.TRAIN: 0, QuantMode.CALIBRATE: 1}
 
 
+@pytest.mark.slow
 def test_training_moves_a_delayed_scale_where_it_may():
     x = inputs()
     model = Mlp(quantization=static(DelayedScalingCalibration(8)))
@@ -202,6 +203,7 @@ def test_a_convolution_is_calibrated_too(tmp_path):
     assert any(w.name.endswith("qlhs/scale") for w in manifest.weights)
 
 
+@pytest.mark.slow
 def test_a_model_without_statistics_has_nothing_to_calibrate():
     def dynamic(mode):
         return Mlp(mode, config.config_v4())

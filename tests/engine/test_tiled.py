@@ -97,6 +97,7 @@ def test_blocks_of_a_weight_have_one_scale_each():
     np.testing.assert_allclose(stored.scale[:, 0, :, 0], blocks / 127.5, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("equation", ["ab,bc->ac", "ab,bc->ca", "ab,bc"])
 def test_einsum_tiles_letters(equation):
     lhs, rhs = operands((4, 12), (12, 6))

@@ -24,6 +24,7 @@ def load(path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(why_no_kernel()), reason="there is no kernel to fall back from")
 def test_a_version_that_is_not_exact_with_the_kernel_is_computed_without(
     tmp_path, monkeypatch, caplog

@@ -120,6 +120,7 @@ def write_layers(path, layers):
     )
 
 
+@pytest.mark.slow
 def test_no_second_copy_of_the_weights_is_made_to_load_and_prove_a_version(tmp_path, monkeypatch):
     layers = [np.full((64, 64), i, np.int8) for i in range(12)]
     write_layers(tmp_path / MODEL / "1", layers)
