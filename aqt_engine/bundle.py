@@ -53,7 +53,7 @@ from aqt_engine.manifest import Role as Role
 from aqt_engine.manifest import TensorSpec as TensorSpec
 from aqt_engine.manifest import TileCost as TileCost
 from aqt_engine.manifest import WeightSpec as WeightSpec
-from aqt_engine.provenance import Provenance, Quantized
+from aqt_engine.provenance import OF_NOTHING, Provenance, Quantized
 
 FORMAT_VERSION = 3
 _WEIGHTS = "weights"
@@ -66,7 +66,7 @@ _ADDED_IN_2: Mapping[str, Any] = {
     "pads": {},
     "per_request": [],
     "tile_costs": {},
-    "provenance": dataclasses.asdict(Provenance.of({})),
+    "provenance": {"tensors": {}, "configurations": {}, "fingerprint": OF_NOTHING},
     "portable": False,
 }
 
@@ -210,8 +210,10 @@ def write(
     return manifest
 
 
-def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+def read_manifest(path: str | os.PathLike[str], *, with_configurations: bool = True) -> Manifest:
     """The manifest of the bundle at `path`, its own digest checked, the other files not yet.
+
+    Without configurations, those are not looked at: it is for whom knows the manifest.
 
     Raises:
       BundleError: there is none, it is not a manifest, it was changed, or its format is another.
@@ -247,28 +249,35 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     if version == 1:
         document = _ADDED_IN_2 | document
     try:
-        return MANIFEST_FORM.validate_json(json.dumps(document))
+        manifest = MANIFEST_FORM.validate_json(json.dumps(document))
+        if with_configurations:
+            manifest.provenance.check()
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise BundleError(
             f"{file} is no manifest of format {version}: {where}: {first['msg']}; convert again"
         ) from error
+    except ValueError as error:
+        raise BundleError(
+            f"{file} is no manifest of format {version}: {error}; convert again"
+        ) from error
+    return manifest
 
 
 def load(path: str | os.PathLike[str], *, with_graphs: bool = True, mapped: bool = False) -> Bundle:
     """The bundle at `path`, every file checked against the manifest.
 
     Without graphs it is for whom has executables of a bundle with the same digests, whose graphs
-    were checked when they were compiled. Its weights are `mapped` if nobody else can write there,
-    and read otherwise.
+    and configurations were checked when they were compiled. Its weights are `mapped` if nobody else
+    can write there, and read otherwise.
 
     Raises:
       BundleError: a file is missing, unlisted, truncated or changed, or cannot be decoded.
       OSError: one could not be read, which may pass; as may MemoryError and JAX's.
     """
     root = Path(path)
-    manifest = read_manifest(root)
+    manifest = read_manifest(root, with_configurations=with_graphs)
     check_files(root, manifest)
     try:
         graphs = _load_graphs(root, manifest, "") if with_graphs else {}

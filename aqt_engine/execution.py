@@ -24,7 +24,7 @@ import enum
 import math
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import numpy as np
@@ -35,12 +35,14 @@ from aqt_engine import heap, lengths
 from aqt_engine.arrays import aligned_zeros
 from aqt_engine.bundle import Bundle, BundleError
 from aqt_engine.kernels import library
-from aqt_engine.kernels.substitution import Substituted, substituted
-from aqt_engine.layout import COPIES, Layout, replicating
+from aqt_engine.layout import COPIES, Layout
 from aqt_engine.manifest import LengthBucket
 from aqt_engine.placement import Packed as Packed
 from aqt_engine.placement import placed
 from aqt_engine.restoration import check_restored, stand_in
+
+if TYPE_CHECKING:
+    from aqt_engine.kernels.substitution import Substituted
 
 Array = np.ndarray[Any, Any]
 Executable = Callable[..., Sequence[jax.Array]]
@@ -123,12 +125,12 @@ class Program:
             self._mesh and (spec.shape, layout.of_weight(self._mesh, spec))
             for spec in bundle.manifest.weights
         ]
-        self._weights = placed(bundle.weights, self._places, packed)
         self._executables: dict[tuple[LengthBucket, int], Executable] = {}
         self._gathering: dict[LengthBucket, Executable] = {}
         self.workspace_nbytes = 0
         """Bytes beside the weights that the hungriest of the compiled executables computes in."""
         self._compiling = threading.Lock()
+        self._weights = self._placed(bundle)
 
     @contextlib.contextmanager
     def set_aside(self, bundle: Bundle) -> Generator[None]:
@@ -142,7 +144,11 @@ class Program:
             yield
         finally:
             heap.give_back()
-            self._weights = placed(bundle.weights, self._places, self.packed)
+            self._weights = self._placed(bundle)
+
+    def _placed(self, bundle: Bundle) -> dict[LengthBucket, list[jax.Array]]:
+        """The weights of `bundle`, as the executables take them."""
+        return placed(bundle.weights, self._places, self.packed)
 
     @property
     def max_rows(self) -> int:
@@ -160,17 +166,25 @@ class Program:
         """Takes the executable for `bucket` tiles from the compilation cache, whatever was there.
 
         The cache has to be made to give it: JAX asks for a stand-in's (`restoration`). It computes
-        the bits of the one that was compiled, as it is the same code.
+        the bits of the one that was compiled, as it is the same code. The program is on one device;
+        its weights need not be there yet.
 
         Raises:
           NotRestoredError: the cache gave nothing, or something else.
         """
         inputs, results = self._signature(bucket, length_bucket)
         placeholder = stand_in([jax.ShapeDtypeStruct(*of) for of in results])
-        found = self._lowered(placeholder, self._weights[length_bucket], inputs).compile()
+        packed = self.packed[length_bucket]
+        weights = [
+            jax.ShapeDtypeStruct((packing.nbytes(spec.shape),), np.int8)
+            if (packing := packed.get(i))
+            else jax.ShapeDtypeStruct(spec.shape, spec.dtype)
+            for i, spec in enumerate(self.manifest.weights)
+        ]
+        found = self._lowered(placeholder, weights, inputs).compile()
         check_restored(found, _NAME)
         with self._compiling:
-            self._executables[length_bucket, bucket] = self._measured(found, length_bucket)
+            self._executables[length_bucket, bucket] = found
 
     def _compiled(self, bucket: int, length_bucket: LengthBucket) -> Executable:
         inputs, _ = self._signature(bucket, length_bucket)
@@ -226,7 +240,7 @@ class Program:
     def _lowered(
         self,
         forward: Callable[..., list[jax.Array]],
-        weights: list[jax.Array],
+        weights: Sequence[jax.Array | jax.ShapeDtypeStruct],
         inputs: _Shapes,
         *,
         gathered: bool = False,
@@ -370,8 +384,12 @@ class Program:
 
 def _graphs(
     bundle: Bundle, mode: Mode, kernel: bool, layout: Layout
-) -> dict[LengthBucket, Substituted]:
+) -> "dict[LengthBucket, Substituted]":
     """The bundle's graphs for this mode and these devices, which call the kernel if they may."""
+    # A restart needs no graphs, and so nothing of JAX's that changes them.
+    from aqt_engine.kernels.substitution import Substituted, substituted
+    from aqt_engine.replication import replicating
+
     graphs = bundle.graphs if mode is Mode.EXACT else bundle.batched
     if not graphs:
         why = bundle.manifest.not_batched

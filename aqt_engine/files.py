@@ -14,6 +14,7 @@ from pathlib import Path
 from aqt_engine.manifest import FileDigest, Manifest
 
 MANIFEST = "manifest.json"
+_AT_ONCE = 2**16
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 _TENSORSTORE = re.compile(r"\[os_error_code='(\d+)'\]")
 
@@ -24,12 +25,20 @@ class BundleError(ValueError):
 
 def files(root: Path) -> list[str]:
     """The files below `root` but for the manifest, as a manifest lists them."""
-    return sorted(
-        file.relative_to(root).as_posix()
-        for file in root.rglob("*")
-        # A link is no directory of ours, whatever it leads to.
-        if (file.is_symlink() or not file.is_dir()) and file != root / MANIFEST
-    )
+    # By `os`, as there may be hundreds, and a restart waits for them.
+    found: list[str] = []
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(root / folder) as entries:
+            for entry in entries:
+                name = folder + entry.name
+                # A link is no directory of ours, whatever it leads to.
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{name}/")
+                elif name != MANIFEST:
+                    found.append(name)
+    return sorted(found)
 
 
 def digest(file: Path) -> FileDigest:
@@ -37,9 +46,14 @@ def digest(file: Path) -> FileDigest:
     # A pipe that nobody writes to would be waited for, for ever.
     if not file.is_file():
         raise OSError(0, "it is no regular file")
-    with file.open("rb") as stream:
+    with file.open("rb", buffering=0) as stream:
+        nbytes = os.fstat(stream.fileno()).st_size
+        if nbytes <= _AT_ONCE:
+            # Without a buffer for each of hundreds of small ones.
+            content = stream.read()
+            return FileDigest(sha256=hashlib.sha256(content).hexdigest(), nbytes=len(content))
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return FileDigest(sha256=sha256, nbytes=file.stat().st_size)
+    return FileDigest(sha256=sha256, nbytes=nbytes)
 
 
 def passes(error: OSError) -> bool:

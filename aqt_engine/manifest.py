@@ -223,7 +223,6 @@ def _consistent(manifest: Manifest) -> Manifest:
     wrong = [w.name for w in manifest.weights if w.axes and len(w.axes) != len(w.shape)]
     if wrong:
         raise ValueError(f"{wrong[0]} has not as many axes as `axes` names")
-    manifest.provenance.check()
     tensors = {w.name.rpartition("/")[0] for w in manifest.weights if w.role != "float"}
     if not set(manifest.provenance.tensors) <= tensors:
         raise ValueError("a tensor in `provenance` is not among the weights")
@@ -231,4 +230,4 @@ def _consistent(manifest: Manifest) -> Manifest:
 
 
 MANIFEST_FORM = pydantic.TypeAdapter(Annotated[Manifest, AfterValidator(_consistent)])
-"""Reads a manifest from JSON, or raises `pydantic.ValidationError`."""
+"""Reads a manifest from JSON, or raises `pydantic.ValidationError`; configurations unchecked."""

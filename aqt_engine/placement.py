@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Sharding
 
 from aqt_engine.arrays import Cut, Stored
-from aqt_engine.kernels.substitution import Packing
+from aqt_engine.kernels.packing import Packing
 from aqt_engine.manifest import LengthBucket
 
 Packed = Mapping[LengthBucket, Mapping[int, Packing]]

@@ -3,23 +3,21 @@
 A configuration stands there once, in the form of `aqt_engine.config.serialization`, under its
 fingerprint; each tensor names the fingerprint and the side of the contraction that it is. One more
 fingerprint is that of the whole, for comparing versions of a model.
+
+Configurations are imported where they are asked for: a restart asks for none, and they are a tenth
+of what it would import.
 """
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from aqt_engine.config import DotGeneral, Tensor
-from aqt_engine.config.serialization import (
-    SerializationError,
-    fingerprint,
-    from_dict,
-    to_dict,
-)
+if TYPE_CHECKING:
+    from aqt_engine.config import DotGeneral, Tensor
 
 Side = Literal["lhs", "rhs"]
 
@@ -29,10 +27,10 @@ class Quantized:
     """A tensor was quantized as the side `side` of the forward contraction of `config`."""
 
     side: Side
-    config: DotGeneral
+    config: "DotGeneral"
 
     @property
-    def tensor(self) -> Tensor:
+    def tensor(self) -> "Tensor":
         """How that side is quantized."""
         return self.config.fwd.lhs if self.side == "lhs" else self.config.fwd.rhs
 
@@ -64,6 +62,8 @@ class Provenance:
     @staticmethod
     def of(quantized: Mapping[str, Quantized]) -> "Provenance":
         """What there is to say of `quantized`."""
+        from aqt_engine.config.serialization import SerializationError, fingerprint, to_dict
+
         tensors: dict[str, QuantizedBy] = {}
         configurations: dict[str, dict[str, Any]] = {}
         for name, by in sorted(quantized.items()):
@@ -83,6 +83,8 @@ class Provenance:
         by = self.tensors.get(name)
         if by is None:
             return None
+        from aqt_engine.config.serialization import from_dict
+
         return Quantized(by.side, from_dict(self.configurations[by.configuration]))
 
     def check(self) -> None:
@@ -91,6 +93,8 @@ class Provenance:
         Raises:
           ValueError: one is of something else, or a configuration is missing or cannot be read.
         """
+        from aqt_engine.config.serialization import fingerprint, from_dict
+
         for print_, document in self.configurations.items():
             found = fingerprint(from_dict(document))
             if found != print_:
@@ -108,3 +112,7 @@ def _fingerprint(tensors: Mapping[str, QuantizedBy]) -> str:
     stated = {name: [by.side, by.configuration] for name, by in tensors.items()}
     text = json.dumps(stated, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+OF_NOTHING = _fingerprint({})
+"""The fingerprint where nothing is known."""

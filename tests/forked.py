@@ -23,7 +23,11 @@ def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     # The last is what JAX imports for its first program.
     context.set_forkserver_preload(
-        ["aqt_cli.main", "aqt_server.records", "aqt_server.server", "scipy.linalg"]
+        [
+            *("aqt_cli.commands", "aqt_server.records", "aqt_server.server"),
+            *("aqt_server.page.routes", "aqt_server.rest"),
+            "scipy.linalg",
+        ]
     )
     return context
 

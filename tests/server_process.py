@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -81,9 +81,10 @@ def serving(
     ready: bool = True,
     credentials: grpc.ChannelCredentials | None = None,
     forked: bool = True,
+    by: Sequence[str | Path] = (AQT,),
 ) -> Iterator[ServerProcess]:
-    """A server of `repository`; not `forked`, by the command, as a user starts it."""
-    command = [AQT, "serve", "--model-repository", repository, "--port", "0", "--metrics-port", "0"]
+    """A server of `repository`; not `forked`, `by` the command, as a user starts it."""
+    command = [*by, "serve", "--model-repository", repository, "--port", "0", "--metrics-port", "0"]
     command += ["--compilation-cache", shared_cache(), *flags]
     server = ServerProcess(command, log, forked=forked)
     try:

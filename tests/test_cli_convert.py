@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from aqt_cli.main import app
+from aqt_cli.commands import app
 from aqt_engine import config, einsum
 from aqt_engine.bundle import read_manifest
 from aqt_engine.calibration import AbsMaxCalibration

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 from typer.testing import CliRunner
 
-from aqt_cli.main import app
+from aqt_cli.commands import app
 from bundles import write_linear
 
 pytestmark = pytest.mark.skipif(

@@ -4,7 +4,7 @@ import json
 
 from typer.testing import CliRunner
 
-from aqt_cli.main import app
+from aqt_cli.commands import app
 from bundles import write_linear
 
 

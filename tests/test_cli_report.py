@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 from typer.testing import CliRunner
 
-from aqt_cli.main import app
+from aqt_cli.commands import app
 from aqt_engine import config
 from aqt_engine.flax import AqtDotGeneral
 from aqt_engine.rules import Rule, Rules

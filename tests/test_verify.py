@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import sequences
-from aqt_cli.main import app
+from aqt_cli.commands import app
 from aqt_engine import bundle
 
 pytestmark = pytest.mark.slow

@@ -30,36 +30,13 @@ from jax.interpreters import mlir
 
 from aqt_engine.kernels import library
 from aqt_engine.kernels.inlining import with_contractions_inlined
-from aqt_engine.kernels.packing import pack, packed_size
+from aqt_engine.kernels.packing import Axes, Packing, Steps, packed_size
 from aqt_engine.materialization import NAME
 
 Array = np.ndarray[Any, Any]
-Axes = tuple[int, ...]
-Steps = tuple[tuple[str, Axes], ...]
 # MLIR's bindings are typed only in part.
 Value = Any
 _TYPED_FFI = 4
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Packing:
-    """How a weight is read: what the graph does to it first, and along which axes it is summed.
-
-    `steps` are shapes ("reshape") and permutations ("transpose") one after the other.
-    """
-
-    steps: Steps
-    contracted: Axes
-
-    def __call__(self, weight: Array) -> Array:
-        """The weight as the kernel reads it."""
-        values = np.asarray(weight).astype(np.int8, copy=False)
-        for step, numbers in self.steps:
-            values = values.reshape(numbers) if step == "reshape" else values.transpose(numbers)
-        free = [a for a in range(values.ndim) if a not in self.contracted]
-        ordered = values.transpose((*self.contracted, *free))
-        depth = math.prod(values.shape[a] for a in self.contracted)
-        return pack(ordered.reshape(depth, -1))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

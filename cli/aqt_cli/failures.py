@@ -1,10 +1,9 @@
 """How a command fails: one sentence on stderr and exit code 1, no traceback."""
 
 import contextlib
+import sys
 from collections.abc import Generator
 from typing import NoReturn
-
-import typer
 
 
 @contextlib.contextmanager
@@ -26,5 +25,8 @@ def of_the_server() -> Generator[None]:
 
 
 def _fail(sentence: str) -> NoReturn:
+    # A server that starts well does without it.
+    import typer
+
     typer.secho(f"aqt: {sentence}", err=True, fg=typer.colors.RED)
-    raise typer.Exit(1) from None
+    sys.exit(1)

@@ -1,25 +1,16 @@
-"""Puts the subcommands of `aqt` together."""
+"""The command `aqt`."""
 
-import typer
+import sys
 
-from aqt_cli.bench import bench
-from aqt_cli.convert import convert
-from aqt_cli.export import export
-from aqt_cli.health import health
-from aqt_cli.inspect import inspect
-from aqt_cli.predict import predict
-from aqt_cli.report import report
-from aqt_cli.serve import CONTEXT as SERVE_CONTEXT
-from aqt_cli.serve import serve
-from aqt_cli.top import top
-from aqt_cli.verify import verify
 
-app = typer.Typer(
-    name="aqt",
-    help="Accurate Quantized Training: convert, inspect, verify, serve and query int8 models.",
-    no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
-)
-for command in (convert, inspect, verify, export, report, predict, bench, top, health):
-    app.command()(command)
-app.command(context_settings=SERVE_CONTEXT)(serve)
+def app() -> None:
+    """Runs the subcommand that the command line names."""
+    if sys.argv[1:2] == ["serve"]:
+        # Without what the others import, which is a tenth of a restart.
+        from aqt_cli.serve import serve
+
+        serve(sys.argv[2:])
+        return
+    from aqt_cli.commands import app as commands
+
+    commands()

@@ -3,26 +3,22 @@
 import gc
 import logging
 import os
-
-import typer
+from collections.abc import Sequence
 
 from aqt_cli.failures import as_sentence, of_the_server
 
-CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-"""What the command needs so that every flag, `--help` too, reaches the settings."""
 
-
-def serve(context: typer.Context) -> None:
-    """Serves a model repository; `aqt serve --help` lists all settings."""
+def serve(arguments: Sequence[str]) -> None:
+    """Serves as the `arguments` say; those of `--help` lists all settings."""
     # What is imported stays: to look through it again and again takes a tenth of the start.
     gc.disable()
     with of_the_server():
         from aqt_server import configuration
 
     with as_sentence(configuration.SettingsError):
-        found = configuration.read(context.args, os.environ)
+        found = configuration.read(arguments, os.environ)
     if found.print_only:
-        typer.echo(str(found), nl=False)
+        print(found, end="")
         return
 
     from aqt_server import records

@@ -24,7 +24,10 @@ from aqt_engine.files import unfinished
 
 _log = logging.getLogger(__name__)
 _DIGEST = hashlib.sha256().digest_size
-
+_EVENTS = {
+    "/jax/compilation_cache/cache_hits": "hits",
+    "/jax/compilation_cache/cache_misses": "misses",
+}
 
 _asked: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("asked", default=None)
 _given: contextvars.ContextVar[bytes | None] = contextvars.ContextVar("given", default=None)
@@ -106,6 +109,18 @@ class Entries(CacheInterface):
 
     def _file(self, key: str) -> Path:
         return self._path / f"{key}.compiled"
+
+
+class CacheEvents:
+    """How often JAX, from now on, finds an executable in the cache, and how often not."""
+
+    def __init__(self):
+        self.counts = dict.fromkeys(_EVENTS.values(), 0)
+        jax.monitoring.register_event_listener(self._count)
+
+    def _count(self, event: str, **_: str | int) -> None:
+        if event in _EVENTS:
+            self.counts[_EVENTS[event]] += 1
 
 
 def keep_in(directory: Path) -> None:

@@ -218,7 +218,8 @@ def load(
       BundleError: it is missing, damaged, changed, for other platforms, or not for this mode.
       InexactError: its answers here are not those of training, and `allow_inexact` is not set.
     """
-    manifest = bundle.read_manifest(path)
+    # Its configurations are checked where it is loaded whole.
+    manifest = bundle.read_manifest(path, with_configurations=False)
     buckets = tile_buckets(max_batch_rows, manifest.tile, layout)
     rows = buckets[-1] * manifest.tile
     memory.check(manifest, workspace=workspace(manifest, rows), layout=layout)

@@ -6,6 +6,7 @@ is refused: a page must not unload a model because its reader can reach the serv
 
 import asyncio
 import json
+import logging
 import math
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -16,10 +17,15 @@ from aiohttp import web
 from aqt_server.call import Call
 from aqt_server.errors import InvalidRequest, RequestError
 from aqt_server.metrics import Metrics
+from aqt_server.port import SEND_S
 from aqt_server.rpc import status_of
 from aqt_server.security.authentication import Principal
 from aqt_server.security.authorization import Action, Guard
+from aqt_server.settings import Connections
 
+# What clients send wrong would fill the log with tracebacks; what is wrong here is logged here.
+_QUIET = logging.getLogger(f"{__name__}.protocol")
+_QUIET.setLevel(logging.CRITICAL)
 _BODY_S = 60.0
 _STATUSES = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
@@ -119,6 +125,34 @@ async def errors_in_json(request: web.Request, handler: Handler) -> web.StreamRe
         if response.status == 401:
             response.headers["WWW-Authenticate"] = "Bearer"
         return response
+
+
+def runner(application: web.Application, connections: Connections) -> web.AppRunner:
+    """Answers with `application`; a client that does not take its answer is cut off."""
+    application.middlewares.insert(0, _taken_in_time)
+    # A request whose client has gone away is cancelled, and leaves the queue.
+    return web.AppRunner(
+        application,
+        handle_signals=False,
+        handler_cancellation=True,
+        access_log=None,
+        logger=_QUIET,
+        shutdown_timeout=1,
+        keepalive_timeout=connections.idle_s,
+    )
+
+
+@web.middleware
+async def _taken_in_time(request: web.Request, handler: Handler) -> web.StreamResponse:
+    response = await handler(request)
+    try:
+        async with asyncio.timeout(SEND_S):
+            await response.prepare(request)
+            await response.write_eof()
+    except TimeoutError:
+        if request.transport:
+            request.transport.abort()
+    return response
 
 
 def metrics_application(metrics: Metrics, guard: Guard) -> web.Application:

@@ -23,6 +23,7 @@ import os
 import platform
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ import aqt_engine
 from aqt_engine.bundle import Bundle
 from aqt_engine.execution import Packed, Program
 from aqt_engine.kernels import library
-from aqt_engine.kernels.substitution import Packing
-from aqt_engine.manifest import LengthBucket, Manifest
+from aqt_engine.kernels.packing import Packing
+from aqt_engine.manifest import MANIFEST_FORM, LengthBucket, Manifest
 from aqt_engine.restoration import NotRestoredError
 from aqt_server.compiled import Entries, given, noted
 
@@ -174,11 +175,26 @@ class Restored(Program):
         values: Mapping[tuple[LengthBucket, int], bytes],
         **arguments: Any,
     ):
+        self._values = dict(values)
+        self._reading = {at: threading.Lock() for at in values}
         super().__init__(bundle, **arguments)
         if set(values) != set(_all(self)):
             raise NotRestoredError("there are other executables than the program has")
-        self._values = dict(values)
-        self._reading = {at: threading.Lock() for at in values}
+
+    def _placed(self, bundle: Bundle) -> dict[LengthBucket, list[jax.Array]]:
+        """The weights; beside them is read what is called first, mostly outside of Python."""
+        # Which is each thread's own; the stubs do not know of it.
+        in_64_bits = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+        with ThreadPoolExecutor(max_workers=1) as beside:
+
+            def first() -> None:
+                with jax.enable_x64(in_64_bits):
+                    self.compile(self.buckets[0], self.manifest.length_buckets[0])
+
+            read = beside.submit(first)
+            placed = super()._placed(bundle)
+            read.result()
+        return placed
 
     def compile(self, bucket: int, length_bucket: LengthBucket = ()) -> None:
         """Reads the executable for `bucket` tiles, unless that was done, and compiles none."""
@@ -206,8 +222,8 @@ def identity(manifest: Manifest, tile_buckets: Sequence[int]) -> str | None:
     """A digest of all that may decide about the bits of a version; None where it is not known."""
     if not (here := _here()):
         return None
-    document = {"bundle": dataclasses.asdict(manifest), "tiles": list(tile_buckets), "here": here}
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    document = json.dumps({"tiles": list(tile_buckets), "here": here}, sort_keys=True)
+    return hashlib.sha256(MANIFEST_FORM.dump_json(manifest) + document.encode()).hexdigest()
 
 
 @functools.cache

@@ -5,17 +5,20 @@ import contextlib
 import enum
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from aqt_engine.bundle import BundleError
 from aqt_engine.execution import Mode, Program
 from aqt_engine.layout import Layout
 from aqt_server import executor
 from aqt_server.directory import Key, OutsideError
-from aqt_server.hosts import Leader
 from aqt_server.kept import Records
 from aqt_server.memory import Memory, NoMemoryError, available
 from aqt_server.settings import Settings
 from aqt_server.source import Source
+
+if TYPE_CHECKING:
+    from aqt_server.hosts import Leader
 
 
 class Outcome(enum.StrEnum):
@@ -55,7 +58,7 @@ class Loader:
         available: Callable[[], int] = available,
         *,
         layout: Layout = Layout(),
-        leader: Leader | None = None,
+        leader: "Leader | None" = None,
     ):
         self._source = source
         self._models = settings.models

@@ -20,6 +20,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from aqt_engine.execution import Mode
+from aqt_server.compiled import CacheEvents
 from aqt_server.entry import State
 from aqt_server.repository import Repository
 from aqt_server.response_cache import ResponseCache
@@ -27,10 +28,6 @@ from aqt_server.servable import Servable
 from aqt_server.statistics import Statistics
 
 _VERSION = ("model", "version")
-_EVENTS = {
-    "/jax/compilation_cache/cache_hits": "hits",
-    "/jax/compilation_cache/cache_misses": "misses",
-}
 
 _COUNTERS: dict[str, tuple[str, Callable[[Statistics], float]]] = {
     "inference_request_success": ("Requests that were answered", lambda s: s.success.count),
@@ -98,18 +95,6 @@ _GAUGES: dict[str, tuple[str, Callable[[Servable], float]]] = {
 }
 
 
-class _CacheEvents:
-    """How often an executable was found in the compilation cache, and how often not."""
-
-    def __init__(self):
-        self.counts = dict.fromkeys(_EVENTS.values(), 0)
-        jax.monitoring.register_event_listener(self._count)
-
-    def _count(self, event: str, **_: str | int) -> None:
-        if event in _EVENTS:
-            self.counts[_EVENTS[event]] += 1
-
-
 class _Collected(Collector):
     """Families that were collected already."""
 
@@ -124,10 +109,12 @@ class _Collected(Collector):
 class Metrics:
     """The metrics of a repository, and of calls by RPC and status. Belongs to their event loop."""
 
-    def __init__(self, repository: Repository, calls: Mapping[tuple[str, str], int]):
+    def __init__(
+        self, repository: Repository, calls: Mapping[tuple[str, str], int], cache: CacheEvents
+    ):
         self._repository = repository
         self._calls = calls
-        self._cache = _CacheEvents()
+        self._cache = cache
 
     async def exposition(self, accept: str) -> tuple[bytes, str]:
         """All metrics as they are now, in the form that `accept` asks for, and its content type."""

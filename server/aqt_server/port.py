@@ -1,4 +1,7 @@
-"""A port of HTTP: how many connections it takes, and how slow they may be."""
+"""A port of HTTP: how many connections it takes, and how slow they may be.
+
+What answers is imported when the first connection comes, as many a server is never asked.
+"""
 
 import asyncio
 import logging
@@ -7,20 +10,19 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
-
-from aiohttp import web
-from aiohttp.typedefs import Handler
+from typing import TYPE_CHECKING
 
 from aqt_server.settings import Connections
 
+if TYPE_CHECKING:
+    from aiohttp import web
+
 _log = logging.getLogger(__name__)
-# What clients send wrong would fill the log with tracebacks; `http` logs what is wrong here.
-_QUIET = logging.getLogger(f"{__name__}.protocol")
-_QUIET.setLevel(logging.CRITICAL)
 
 HANDSHAKE_S = 10.0
 """That a client has to begin: with TLS, or with what HTTP/2 says first."""
-_SEND_S = 60.0
+SEND_S = 60.0
+"""That a client has to take an answer."""
 _TELL_S = 60.0
 _BACKLOG = 1024
 _TOO_MANY = (
@@ -30,27 +32,19 @@ _TOO_MANY = (
 
 
 class Port:
-    """A port on which an application listens, within `connections`.
+    """A port on which an application listens, within `connections`; it is made in a thread.
 
     A connection is closed that sends no whole request in `idle_s`, or does not take its answer; one
     beyond `max_connections` is told 503.
     """
 
-    def __init__(self, application: web.Application, connections: Connections):
-        application.middlewares.insert(0, _taken_in_time)
-        self._most = connections.max_connections
+    def __init__(self, application: "Callable[[], web.Application]", connections: Connections):
+        self._application = application
+        self._connections = connections
         self._told = -math.inf
-        # A request whose client has gone away is cancelled, and leaves the queue.
-        self._runner = web.AppRunner(
-            application,
-            handle_signals=False,
-            handler_cancellation=True,
-            access_log=None,
-            logger=_QUIET,
-            shutdown_timeout=1,
-            keepalive_timeout=connections.idle_s,
-        )
+        self._runner: web.AppRunner | None = None
         self._listening: asyncio.Server | None = None
+        self._opening: asyncio.Task[None] | None = None
 
     async def listen(self, host: str, port: int, encryption: ssl.SSLContext | None) -> int:
         """The port that it listens on, which is `port` unless that is 0, for any.
@@ -58,25 +52,49 @@ class Port:
         Raises:
           OSError: the port cannot be had.
         """
-        await self._runner.setup()
-        self._listening = await asyncio.get_running_loop().create_server(
+        loop = asyncio.get_running_loop()
+        self._listening = await loop.create_server(
             lambda: _Entrance(self._connected),
             host,
             port,
             ssl=encryption,
             ssl_handshake_timeout=HANDSHAKE_S if encryption else None,
             backlog=_BACKLOG,
+            start_serving=False,
         )
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # which Linux has
-            for taken in self._listening.sockets:
+        for taken in self._listening.sockets:
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # which Linux has
                 # The end of an answer waits in the kernel; connections inherit how long.
-                taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(_SEND_S * 1e3))
+                taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SEND_S * 1e3))
+            # Connections wait in the kernel; asyncio lets nobody call its socket's own `listen`.
+            with taken.dup() as same:
+                same.listen(_BACKLOG)
+            loop.add_reader(taken.fileno(), self._asked)
         return self._listening.sockets[0].getsockname()[1]
 
+    def _asked(self) -> None:
+        assert self._listening
+        for taken in self._listening.sockets:
+            asyncio.get_running_loop().remove_reader(taken.fileno())
+        self._opening = asyncio.create_task(self._open())
+
+    async def _open(self) -> None:
+        def made() -> "web.AppRunner":
+            from aqt_server.http import runner
+
+            return runner(self._application(), self._connections)
+
+        # In a thread, since requests at other doors go on.
+        self._runner = await asyncio.to_thread(made)
+        await self._runner.setup()
+        assert self._listening
+        await self._listening.start_serving()
+
     def _connected(self, transport: asyncio.Transport) -> None:
+        assert self._runner
         server = self._runner.server
         assert server
-        if len(server.connections) < self._most:
+        if len(server.connections) < self._connections.max_connections:
             protocol = server()
             transport.set_protocol(protocol)
             protocol.connection_made(transport)
@@ -86,14 +104,18 @@ class Port:
         if (now := time.monotonic()) > self._told + _TELL_S:
             self._told = now
             _log.warning(
-                "%d connections are open, and more are refused: see --max-connections", self._most
+                "%d connections are open, and more are refused: see --max-connections",
+                self._connections.max_connections,
             )
 
     async def close(self) -> None:
         """Takes no more requests, and gives those that are answered now a second."""
+        if self._opening:
+            await asyncio.wait({self._opening})
         if self._listening:
             self._listening.close()
-        await self._runner.cleanup()
+        if self._runner:
+            await self._runner.cleanup()
 
 
 class _Entrance(asyncio.Protocol):
@@ -109,17 +131,3 @@ class _Entrance(asyncio.Protocol):
         """Takes or refuses it."""
         assert isinstance(transport, asyncio.Transport)
         self._connected(transport)
-
-
-@web.middleware
-async def _taken_in_time(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Sends what `handler` answers; who does not take it is cut off."""
-    response = await handler(request)
-    try:
-        async with asyncio.timeout(_SEND_S):
-            await response.prepare(request)
-            await response.write_eof()
-    except TimeoutError:
-        if request.transport:
-            request.transport.abort()
-    return response

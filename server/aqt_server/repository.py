@@ -19,7 +19,7 @@ import dataclasses
 import logging
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aqt_engine.layout import Layout
 from aqt_server.directory import Fingerprint, Key
@@ -33,7 +33,6 @@ from aqt_server.errors import (
     OutOfMemory,
 )
 from aqt_server.executor import Loaded, Proof
-from aqt_server.hosts import Leader
 from aqt_server.listing import Listing
 from aqt_server.loader import Loader, Outcome, outcome_of
 from aqt_server.policies import Policies, Policy
@@ -41,6 +40,9 @@ from aqt_server.response_cache import ResponseCache
 from aqt_server.servable import Servable, serve
 from aqt_server.settings import ModelControl, Settings
 from aqt_server.source import Source
+
+if TYPE_CHECKING:
+    from aqt_server.hosts import Leader
 
 _log = logging.getLogger(__name__)
 REPLAY_AFTER_S = 1.0
@@ -57,7 +59,7 @@ class Repository:
         policies: Policies,
         *,
         layout: Layout = Layout(),
-        leader: Leader | None = None,
+        leader: "Leader | None" = None,
     ):
         self._settings = settings
         self._policies = policies

@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -18,15 +18,11 @@ from grpc_reflection.v1alpha import reflection
 
 from aqt_engine.layout import Layout
 from aqt_protos import POOL, SERVICE_NAME
-from aqt_server import compiled, http, rest
+from aqt_server import compiled
 from aqt_server.fast_rpc import FastDoor, NotCompiledError
-from aqt_server.hosts import HostsError, Leader, follow
 from aqt_server.logs import LogSettings
-from aqt_server.metrics import Metrics
-from aqt_server.page.routes import add_page
 from aqt_server.policies import Policies, PolicyFileError
 from aqt_server.port import HANDSHAKE_S, Port
-from aqt_server.profiling import Profiler
 from aqt_server.repository import Repository
 from aqt_server.rpc import Door, Interceptor
 from aqt_server.security.authentication import AccessFileError
@@ -37,6 +33,11 @@ from aqt_server.settings import Settings
 from aqt_server.source import Source, SourceError, open_source
 from aqt_server.spans import NoSdkError, Spans
 from aqt_server.tracing import Tracer
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    from aqt_server.hosts import Leader
 
 _log = logging.getLogger(__name__)
 # The stubs do not know that the module has `aio`.
@@ -77,20 +78,30 @@ def run(settings: Settings) -> None:
         )
     compiled.keep_in(settings.models.compilation_cache)
     _allow_connections(settings)
-    devices, leader = settings.devices, None
+    devices = settings.devices
     layout = Layout(copies=devices.copies, shards=devices.shards)
     try:
+        leader = _hosts(settings, source, layout) if devices.hosts > 1 else None
         if devices.host_index:
-            follow(devices, source, layout)
             return
-        if devices.hosts > 1:
-            leader = Leader(devices)
         layout.mesh()
-    except HostsError as error:
-        raise StartError(f"--hosts: {error}") from error
     except ValueError as error:
         raise StartError(f"--copies and --shards: {error}") from error
     asyncio.run(_serve(settings, source, layout, leader))
+
+
+def _hosts(settings: Settings, source: Source, layout: Layout) -> "Leader | None":
+    """The leader of several hosts; None when this is one that has followed another to its end."""
+    # It takes connections of `multiprocessing`, which one host has no use for.
+    from aqt_server.hosts import HostsError, Leader, follow
+
+    try:
+        if settings.devices.host_index:
+            follow(settings.devices, source, layout)
+            return None
+        return Leader(settings.devices)
+    except HostsError as error:
+        raise StartError(f"--hosts: {error}") from error
 
 
 def _allow_connections(settings: Settings) -> None:
@@ -112,7 +123,9 @@ def _allow_connections(settings: Settings) -> None:
         )
 
 
-async def _serve(settings: Settings, source: Source, layout: Layout, leader: Leader | None) -> None:
+async def _serve(
+    settings: Settings, source: Source, layout: Layout, leader: "Leader | None"
+) -> None:
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
@@ -193,25 +206,24 @@ async def _open(settings: Settings, repository: Repository, checks: Any) -> _Doo
     )
     server = _grpc_server(settings, checks, Door(service, guard), guard)
     port = _listen(server, f"{listen.host}:{listen.port}", certificates)
-    profiler = Profiler(settings.observe.profile_directory, settings.observe.profile_max_s)
     told = [f"listening on {listen.host}:{port}"]
     fast = _open_fast(settings, service, guard, checks) if listen.fast_port >= 0 else None
     if fast:
         told.append(f"fast on {listen.host}:{fast.port}")
     ports: list[Port] = []
     if listen.http_port >= 0:
-        application = rest.application(service, guard, limits, profiler)
-        if settings.observe.status_page:
-            add_page(application, repository, guard)
-        ports.append(Port(application, settings.connections))
+        application = _http(settings, service, repository, guard)
+        ports.append(Port(lambda: application, settings.connections))
         taken = (listen.host, listen.http_port)
         url = await _listen_http(ports[-1], *taken, "http", certificates)
         told.append(f"http on {url}")
         if settings.observe.status_page:
             told.append(f"status page on {url}/status")
     if listen.metrics_port >= 0:
-        metrics = Metrics(repository, service.calls)
-        ports.append(Port(http.metrics_application(metrics, guard), settings.connections))
+        cache = compiled.CacheEvents()
+        ports.append(
+            Port(lambda: _metrics(repository, service, guard, cache), settings.connections)
+        )
         taken = (listen.host, listen.metrics_port)
         url = await _listen_http(ports[-1], *taken, "metrics", certificates)
         told.append(f"metrics on {url}/metrics")
@@ -219,6 +231,31 @@ async def _open(settings: Settings, repository: Repository, checks: Any) -> _Doo
     await server.start()
     print("\n".join(told), flush=True)
     return _Doors(rpc=server, fast=fast, http=ports, spans=spans)
+
+
+def _http(
+    settings: Settings, service: Service, repository: Repository, guard: Guard
+) -> "web.Application":
+    # Imported with the door, as its first request is not to wait for that.
+    from aqt_server import rest
+    from aqt_server.page.routes import add_page
+    from aqt_server.profiling import Profiler
+
+    observe = settings.observe
+    profiler = Profiler(observe.profile_directory, observe.profile_max_s)
+    application = rest.application(service, guard, settings.limits, profiler)
+    if observe.status_page:
+        add_page(application, repository, guard)
+    return application
+
+
+def _metrics(
+    repository: Repository, service: Service, guard: Guard, cache: compiled.CacheEvents
+) -> "web.Application":
+    from aqt_server.http import metrics_application
+    from aqt_server.metrics import Metrics
+
+    return metrics_application(Metrics(repository, service.calls, cache), guard)
 
 
 def _grpc_server(settings: Settings, checks: Any, door: Door, guard: Guard) -> grpc.aio.Server:

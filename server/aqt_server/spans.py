@@ -1,14 +1,13 @@
 """OpenTelemetry spans of requests: under the caller's span, with the stages as children.
 
-Without an endpoint nothing is made. The stages are told afterwards, from the moments that are kept
-of each request anyway.
+Without an endpoint nothing is made, nor is OpenTelemetry imported. The stages are told afterwards,
+from the moments that are kept of each request anyway.
 """
 
 import contextlib
+import sys
 import time
 from collections.abc import Generator, Mapping
-
-from opentelemetry import propagate, trace
 
 from aqt_server.errors import RequestError
 from aqt_server.statistics import Times
@@ -42,6 +41,8 @@ class Spans:
         if self._tracer is None:
             yield
             return
+        from opentelemetry import propagate, trace
+
         with self._tracer.start_as_current_span(
             f"inference.GRPCInferenceService/{attributes['rpc']}",
             context=propagate.extract(headers),
@@ -65,6 +66,8 @@ class Spans:
         """
         if self._tracer is None:
             return
+        from opentelemetry import trace
+
         trace.get_current_span().set_attribute("aqt.rows", rows)
         trace.get_current_span().set_attribute("aqt.cached", times is None)
         if times is None:
@@ -89,6 +92,11 @@ class Spans:
 
 def trace_id() -> str:
     """The current trace in hex, "" outside of one."""
+    # Whoever has a span has imported what it is of.
+    if "opentelemetry.trace" not in sys.modules:
+        return ""
+    from opentelemetry import trace
+
     context = trace.get_current_span().get_span_context()
     return trace.format_trace_id(context.trace_id) if context.is_valid else ""
 

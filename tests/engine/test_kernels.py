@@ -15,8 +15,8 @@ from aqt_engine import bundle
 from aqt_engine.execution import Program
 from aqt_engine.kernels import library
 from aqt_engine.kernels.contraction import int8_matmul
-from aqt_engine.kernels.packing import pack, packed_size
-from aqt_engine.kernels.substitution import Packing, substituted
+from aqt_engine.kernels.packing import Packing, pack, packed_size
+from aqt_engine.kernels.substitution import substituted
 from aqt_engine.materialization import materialized, materialized_on_cpu
 from bundles import FEATURES, write_linear
 from compiled_kernel import why_no_kernel

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from typer.testing import CliRunner
 
-from aqt_cli.main import app
+from aqt_cli.commands import app
 from aqt_engine import QuantMode, bundle, config, saved_model
 from aqt_engine.convert import Signature, convert
 from aqt_engine.flax import AqtDotGeneral

@@ -6,7 +6,7 @@ import pytest
 
 from aqt_engine.execution import Mode
 from aqt_engine.kernels import library
-from aqt_engine.kernels.substitution import Packing
+from aqt_engine.kernels.packing import Packing
 from aqt_server import executor
 from aqt_server.memory import Memory
 from bundles import write_linear

@@ -7,7 +7,7 @@ import socket
 import pytest
 from aiohttp import web
 
-from aqt_server import port
+from aqt_server import http, port
 from aqt_server.settings import Connections
 
 BOUND_S = 20
@@ -21,7 +21,7 @@ async def _large(request):
 async def listening(**limits):
     application = web.Application()
     application.router.add_get("/large", _large)
-    door = port.Port(application, Connections(**limits))
+    door = port.Port(lambda: application, Connections(**limits))
     number = await door.listen("127.0.0.1", 0, None)
     try:
         yield number
@@ -54,7 +54,8 @@ def test_who_sends_no_whole_request_is_closed(sent):
 
 
 def test_who_does_not_read_is_cut_off(monkeypatch):
-    monkeypatch.setattr(port, "_SEND_S", 0.3)
+    for module in (http, port):
+        monkeypatch.setattr(module, "SEND_S", 0.3)
 
     async def check():
         async with listening() as number:
