@@ -102,6 +102,7 @@ def convert(
     # The heavy imports wait until the command runs: `aqt --help` and `aqt predict` need no JAX.
     from rich.console import Console
 
+    from aqt_engine import heap
     from aqt_engine.bundle import BundleError
     from aqt_engine.checkpoint import CheckpointError
     from aqt_engine.config.serialization import SerializationError
@@ -112,6 +113,7 @@ def convert(
     from aqt_engine.spool import spool
     from aqt_engine.tiles import measured
 
+    heap.keep_large_apart()
     declared = signature.parse(shape or (), lengths or (), pad or (), per_request or ())
     errors = (BundleError, CheckpointError, ConversionError, PretrainedError, OSError)
     progress = Console(stderr=True)
