@@ -14,6 +14,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.long
 def test_every_server_is_measured_under_load(tmp_path, capsys):
     compiled_door()
     path = tmp_path / "serving.json"

@@ -237,6 +237,7 @@ def test_stochastic_rounding_draws_with_the_key():
         run(None)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("transform", [lambda f: f, jax.checkpoint], ids=["jit", "remat"])
 def test_gradients_under_transformations(transform):

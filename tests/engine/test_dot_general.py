@@ -138,6 +138,7 @@ def test_clip_gradient_stops_gradients_of_clipped_values():
     assert (np.asarray(dlhs)[~largest] != 0).all()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("transform", ["jit", "vmap", "scan", "remat"])
 def test_value_and_gradient_are_the_same_under_transformations(transform):

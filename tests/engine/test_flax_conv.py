@@ -74,6 +74,7 @@ def test_without_a_configuration_it_is_the_float_convolution():
     assert_same_bits(Plain(True).apply(variables, x), Plain(False).apply(variables, x))
 
 
+@pytest.mark.long
 def test_it_trains_with_every_contraction_quantized():
     x, y = images(512)
     model = ConvNet()

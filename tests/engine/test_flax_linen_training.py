@@ -129,6 +129,7 @@ def regression(module, stream):
     return params, loss_and_gradient
 
 
+@pytest.mark.long
 def test_training_with_stochastic_rounding_lowers_the_loss():
     params, loss_and_gradient = regression(Mlp(), "params")
     optimizer = optax.sgd(0.1)

@@ -75,6 +75,7 @@ def test_rules_without_effect_are_refused():
         quantize(two_layers, rules)(LAYERS, X)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_gradients_jit_and_vmap_are_those_of_our_ops():
     def by_hand(v, x):

@@ -122,6 +122,7 @@ def test_every_layer_is_closer_than_rounded_to_nearest(bits, act_order):
     assert sum(found.values()) < sum(nearest.values())
 
 
+@pytest.mark.long
 def test_the_integers_are_stored_and_served_as_they_train(tmp_path):
     params, calibration, _ = trained()
     model = functools.partial(Digits, quantization=weights_of(4))

@@ -94,6 +94,7 @@ def test_every_mode_gives_the_bits_of_the_model_by_hand():
     assert set(layers["attention"]) == {"query", "key", "value", "out"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_layers_under_transformations():
     variables = init(Lifted(), X)
@@ -252,6 +253,7 @@ def test_another_method_of_the_model():
     assert_same_bits(encoded(variables), expected)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_noise_is_drawn_anew_for_each_layer():
     class Twice(nn.Module):

@@ -173,10 +173,12 @@ def serve(model, variables):
 
 
 both_layouts = pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "frozen"])
+# int4 is stored as int8 is: each model in both, in the long form.
+widths = pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.long)])
 
 
 @both_layouts
-@pytest.mark.parametrize("bits", [8, 4])
+@widths
 @pytest.mark.parametrize("model", MODELS)
 def test_a_live_tree_is_served_as_aqtp_trains(model, bits, legacy):
     variables, trained = stored(model, bits, legacy)
@@ -187,7 +189,7 @@ def test_a_live_tree_is_served_as_aqtp_trains(model, bits, legacy):
     assert_same_bits(serve(ours, migrated), trained)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@widths
 @pytest.mark.parametrize("model", MODELS)
 def test_plain_parameters_give_the_integers_that_aqtp_stores(model, bits):
     variables, trained = stored(model, bits, legacy=False)

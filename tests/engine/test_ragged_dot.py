@@ -173,6 +173,7 @@ def test_what_is_not_finite_stays_in_its_row_and_its_group():
     np.testing.assert_array_equal(out[~spoiled], expected[~spoiled])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_transformations():
     lhs, rhs, g = operands(7)

@@ -127,6 +127,7 @@ def test_resuming_from_a_checkpoint_gives_the_same_bits(middle):
         jax.tree.map(assert_same_bits, found, expected)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_python_step_gives_the_bits_of_a_traced_one():
     x, _ = batch(0)

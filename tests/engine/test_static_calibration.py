@@ -131,6 +131,7 @@ def test_outside_of_a_module_there_is_nowhere_to_learn():
         jax.eval_shape(lambda x, y: c(x, y, (((1,), (0,)), ((), ()))), x, x.T)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_only_calibrating_moves_a_mean_of_absmax():
     x = inputs()
@@ -156,7 +157,11 @@ def test_training_moves_a_delayed_scale_where_it_may():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "calibration",
-    [MeanOfAbsMaxCalibration(), WeightedStatsCalibration(), DelayedScalingCalibration(8)],
+    [
+        MeanOfAbsMaxCalibration(),
+        pytest.param(WeightedStatsCalibration(), marks=pytest.mark.long),
+        pytest.param(DelayedScalingCalibration(8), marks=pytest.mark.long),
+    ],
 )
 def test_a_static_scale_is_served_as_it_was_trained(tmp_path, calibration):
     c = static(calibration)
