@@ -2,6 +2,7 @@
 
 import configparser
 import importlib.metadata
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -16,6 +17,16 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 BOUND_S = 120.0
+NOT_SOURCE = (
+    ".git",
+    ".venv*",
+    "out",
+    "node_modules",
+    "__pycache__",
+    "*.so",
+    "*.so.*",
+    ".hypothesis",
+)
 FOLDERS = {
     "aqt-client": ROOT / "clients/python",
     "aqt-engine": ROOT,
@@ -40,9 +51,12 @@ def run(*command, **kwargs):
 def installed(tmp_path_factory):
     """A folder for each distribution, with what an installation puts beside other packages."""
     wheels, folder = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("installed")
+    # A build compiles in place, under the feet of tests that load what was compiled before.
+    source = tmp_path_factory.mktemp("source") / "checkout"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*NOT_SOURCE))
     for project in FOLDERS.values():
         build = ("-m", "hatchling", "build", "-t", "wheel", "-d", wheels)
-        run(sys.executable, *build, cwd=project)
+        run(sys.executable, *build, cwd=source / project.relative_to(ROOT))
     for wheel in wheels.iterdir():
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder / canonicalize_name(wheel.name.split("-")[0]))
