@@ -11,8 +11,8 @@ RESOLVE := $(BIN)/uv pip compile --quiet $(PYPROJECTS) --extra otlp --extra repo
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-annotate --no-header $(OURS)
 
-.PHONY: types fast-tests
-.PHONY: demo zoo papers attack faults fuzz soak test test-long check differential fmt proto lock clean
+.PHONY: demo zoo papers attack faults fuzz soak test test-long check types fast-tests differential fmt
+.PHONY: proto lock clean
 .PHONY: bench bench-training bench-exactness bench-platforms bench-serving bench-gpu bench-fairness
 .PHONY: bench-memory bench-kernel bench-scale bench-peers bench-overload bench-start lock-peers
 .PHONY: deploy-test image-test manifests ray-test page-test savedmodel-test cpp-test wheels
