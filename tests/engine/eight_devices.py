@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from aqt_engine import arrays, bundle, execution
+from aqt_engine import arrays, bundle, replication
 from aqt_engine.execution import Program
 from aqt_engine.layout import Layout
 
@@ -91,7 +91,7 @@ def sharded(loaded, alone):
 def left_to_the_partitioner(loaded, alone):
     """What differs over eight shards if the partitioner is told nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execution, "replicating", lambda graph, layout: graph)
+        patch.setattr(replication, "replicating", lambda graph, layout: graph)
         program = Program(loaded, max_rows=MAX_ROWS, layout=Layout(shards=8))
         whole = differing(program, alone, program.gathered)
     return differing(program, alone), whole
