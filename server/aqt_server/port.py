@@ -35,7 +35,8 @@ class Port:
     """A port on which an application listens, within `connections`; it is made in a thread.
 
     A connection is closed that sends no whole request in `idle_s`, or does not take its answer; one
-    beyond `max_connections` is told 503.
+    beyond `max_connections` is told 503. Where the application cannot be made, the log says why, and
+    the port is closed.
     """
 
     def __init__(self, application: "Callable[[], web.Application]", connections: Connections):
@@ -84,11 +85,17 @@ class Port:
 
             return runner(self._application(), self._connections)
 
-        # In a thread, since requests at other doors go on.
-        self._runner = await asyncio.to_thread(made)
-        await self._runner.setup()
         assert self._listening
-        await self._listening.start_serving()
+        try:
+            # In a thread, since requests at other doors go on.
+            self._runner = await asyncio.to_thread(made)
+            await self._runner.setup()
+            await self._listening.start_serving()
+        except Exception:
+            # Who connects would wait for ever.
+            number = self._listening.sockets[0].getsockname()[1]
+            self._listening.close()
+            _log.exception("port %d is closed: what answers there could not be made", number)
 
     def _connected(self, transport: asyncio.Transport) -> None:
         assert self._runner

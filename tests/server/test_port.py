@@ -17,11 +17,15 @@ async def _large(request):
     return web.Response(body=bytes(2**25))
 
 
-@contextlib.asynccontextmanager
-async def listening(**limits):
+def _application():
     application = web.Application()
     application.router.add_get("/large", _large)
-    door = port.Port(lambda: application, Connections(**limits))
+    return application
+
+
+@contextlib.asynccontextmanager
+async def listening(application=_application, **limits):
+    door = port.Port(application, Connections(**limits))
     number = await door.listen("127.0.0.1", 0, None)
     try:
         yield number
@@ -110,3 +114,20 @@ def test_more_than_are_allowed_are_told_so_and_come_in_when_others_go():
             first[1][1].close()
 
     run(check)
+
+
+def test_what_cannot_be_made_is_told_and_nobody_waits_for_it(caplog):
+    def broken():
+        raise ImportError("no such module")
+
+    async def check():
+        async with listening(broken) as number:
+            reader, writer = await asyncio.open_connection("127.0.0.1", number)
+            assert await ended(reader) == b""
+            writer.close()
+            with pytest.raises(ConnectionError):
+                await asyncio.open_connection("127.0.0.1", number)
+
+    run(check)
+    assert "could not be made" in caplog.text
+    assert "no such module" in caplog.text
