@@ -154,7 +154,10 @@ class Policies:
             try:
                 self._read = Watched([file], lambda: _read(file))
             except OSError as error:
-                raise PolicyFileError(f"{file} cannot be read: {error.strerror}") from error
+                why = f"{file} cannot be read: {error.strerror}"
+                raise PolicyFileError(f"--model-policies {why}") from error
+            except PolicyFileError as error:
+                raise PolicyFileError(f"--model-policies {error}") from error
 
     def of(self, name: str) -> Policy:
         """The policy of the model `name`."""

@@ -35,8 +35,8 @@ class Port:
     """A port on which an application listens, within `connections`; it is made in a thread.
 
     A connection is closed that sends no whole request in `idle_s`, or does not take its answer; one
-    beyond `max_connections` is told 503. Where the application cannot be made, the log says why, and
-    the port is closed.
+    beyond `max_connections` is told 503. Where the application cannot be made, the log says why,
+    and the port is closed.
     """
 
     def __init__(self, application: "Callable[[], web.Application]", connections: Connections):

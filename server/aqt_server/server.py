@@ -291,7 +291,8 @@ def _listen(server: grpc.aio.Server, address: str, certificates: Certificates | 
         return server.add_insecure_port(address)
     except RuntimeError as error:
         raise StartError(
-            f"cannot listen on {address} ({error}): is the port taken? choose another with --port"
+            f"cannot listen on {address} ({error}): is the port taken, or --host not of this "
+            f"machine? choose another with --port"
         ) from error
 
 

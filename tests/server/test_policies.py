@@ -63,12 +63,12 @@ WRONG = {
 
 @pytest.mark.parametrize("text", WRONG)
 def test_a_wrong_file_is_named_with_what_is_wrong(text, tmp_path):
-    with pytest.raises(PolicyFileError, match=WRONG[text]):
+    with pytest.raises(PolicyFileError, match=f"--model-policies .*{WRONG[text]}"):
         policies(tmp_path, text)
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(PolicyFileError, match=r"nowhere\.toml cannot be read: No such file"):
+    with pytest.raises(PolicyFileError, match=r"--model-policies .*nowhere\.toml cannot be read"):
         Policies(tmp_path / "nowhere.toml")
 
 

@@ -94,15 +94,16 @@ def test_a_static_token_has_a_name(tmp_path):
     ],
 )
 def test_a_wrong_file_of_tokens_is_refused_and_not_repeated(tmp_path, content, match):
-    with pytest.raises(AccessFileError, match=match) as raised:
+    with pytest.raises(AccessFileError, match=f"--auth-tokens .*{match}") as raised:
         Authenticator(Access(auth_tokens=file(tmp_path, "t", content)), Tls())
     assert TOKEN not in str(raised.value)
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
-    for access in (Access(auth_tokens=tmp_path / "t"), Access(auth_jwks=tmp_path / "t")):
-        with pytest.raises(AccessFileError, match="cannot be read: No such file"):
-            Authenticator(access, Tls())
+    for setting in ("auth_tokens", "auth_jwks", "auth_policy"):
+        flag = "--" + setting.replace("_", "-")
+        with pytest.raises(AccessFileError, match=f"{flag} .* cannot be read: No such file"):
+            Guard(Access(**{setting: tmp_path / "t"}), Tls())
 
 
 def test_json_web_tokens_of_both_algorithms(tmp_path, rsa_key):

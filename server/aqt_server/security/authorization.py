@@ -22,6 +22,7 @@ from aqt_server.security.authentication import (
     AccessFileError,
     Authenticator,
     Principal,
+    watched,
 )
 from aqt_server.security.watched import Watched
 from aqt_server.settings import Access, Exempt, Tls
@@ -114,10 +115,7 @@ class Guard:
         self._exempt = frozenset(Action(e) for e in Exempt if e in access.auth_exempt)
         self._rules: Watched[tuple[Rule, ...]] | None = None
         if policy := access.auth_policy:
-            try:
-                self._rules = Watched([policy], lambda: _read_rules(policy))
-            except OSError as error:
-                raise AccessFileError(f"{policy} cannot be read: {error.strerror}") from error
+            self._rules = watched("--auth-policy", policy, lambda: _read_rules(policy))
 
     def check(self, principal: Principal, action: Action, model: str = "") -> None:
         """Returns if `principal` may.
