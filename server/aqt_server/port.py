@@ -25,6 +25,7 @@ SEND_S = 60.0
 """That a client has to take an answer."""
 _TELL_S = 60.0
 _BACKLOG = 1024
+_READ_BYTES = 256 * 1024
 _TOO_MANY = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
     b"Content-Length: 0\r\n\r\n"
@@ -97,15 +98,15 @@ class Port:
             self._listening.close()
             _log.exception("port %d is closed: what answers there could not be made", number)
 
-    def _connected(self, transport: asyncio.Transport) -> None:
+    def _connected(self, transport: asyncio.Transport) -> asyncio.Protocol | None:
+        """What talks on the connection `transport`; None if it is one too many."""
         assert self._runner
         server = self._runner.server
         assert server
         if len(server.connections) < self._connections.max_connections:
             protocol = server()
-            transport.set_protocol(protocol)
             protocol.connection_made(transport)
-            return
+            return protocol
         transport.write(_TOO_MANY)
         transport.close()
         if (now := time.monotonic()) > self._told + _TELL_S:
@@ -114,6 +115,7 @@ class Port:
                 "%d connections are open, and more are refused: see --max-connections",
                 self._connections.max_connections,
             )
+        return None
 
     async def close(self) -> None:
         """Takes no more requests, and gives those that are answered now a second."""
@@ -125,16 +127,51 @@ class Port:
             await self._runner.cleanup()
 
 
-class _Entrance(asyncio.Protocol):
-    """Hands a connection over at the moment when it is made.
+class _Entrance(asyncio.BufferedProtocol):
+    """Hands a connection over at the moment when it is made, and then what comes from it.
 
     Many that come at once are accepted before the first of them is made, and counted then.
+
+    What comes is read into one buffer for all, as asyncio would take 256 KiB of the heap for each
+    read and give most of them back: over many requests the heap became larger by the pieces.
     """
 
-    def __init__(self, connected: Callable[[asyncio.Transport], None]):
+    _buffer = bytearray(_READ_BYTES)
+    """Of all connections, as what is in it is handed on before another is read."""
+
+    def __init__(self, connected: Callable[[asyncio.Transport], asyncio.Protocol | None]):
         self._connected = connected
+        self._protocol: asyncio.Protocol | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Takes or refuses it."""
         assert isinstance(transport, asyncio.Transport)
-        self._connected(transport)
+        self._protocol = self._connected(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Hands on that it has ended."""
+        if self._protocol:
+            self._protocol.connection_lost(exc)
+
+    def eof_received(self) -> bool | None:
+        """Hands on that no more comes."""
+        return self._protocol.eof_received() if self._protocol else None
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        """Where it is read to."""
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Hands on so many bytes that were read."""
+        if self._protocol:
+            self._protocol.data_received(bytes(memoryview(self._buffer)[:nbytes]))
+
+    def pause_writing(self) -> None:
+        """Hands on that the client takes no more for now."""
+        if self._protocol:
+            self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        """Hands on that it does again."""
+        if self._protocol:
+            self._protocol.resume_writing()
