@@ -332,7 +332,11 @@ class Batcher:
                 late.append(waiting)
                 continue
             by = min(by, waiting.answer_by)
-            if batch and now + self._expected(waiting.group, rows + waiting.rows) > by:
+            if batch and now + (took := self._expected(waiting.group, rows + waiting.rows)) > by:
+                if any(w.foreseen and w.since + took <= by for w in (*batch, waiting)):
+                    # It had time for a whole batch when it came: the queue is longer than was
+                    # foreseen, and would stay so long that every batch is cut.
+                    self._service_time.taken(late=True)
                 break
             batch.append(waiting)
             rows += waiting.rows
