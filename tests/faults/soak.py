@@ -221,6 +221,13 @@ def change(samples: list[Sample], lost: float) -> tuple[float, float]:
     return after / before - 1, float(after - meanwhile / samples[-1][0]) / before - 1
 
 
+def growth(samples: list[Sample]) -> list[float]:
+    """Bytes a minute by which the memory grew in each third of the time after the first tenth."""
+    tenth = len(samples) // 10
+    thirds = np.array_split(np.array(samples)[tenth:, :2], 3)
+    return [float(np.polyfit(part[:, 0] / 60, part[:, 1], 1)[0]) for part in thirds]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--minutes", type=float, default=30)
@@ -246,6 +253,8 @@ def main() -> None:
     found, rest = change(samples, GRPC_LOSES * gone)
     console.print(f"memory changed by {found:+.2%} from the second tenth to the last")
     console.print(f"and by {rest:+.2%} without {GRPC_LOSES} bytes for each of {gone:,} calls")
+    by_third = ", ".join(f"{bytes_ / 2**20:+.2f}" for bytes_ in growth(samples))
+    console.print(f"in MiB a minute, by thirds of the time after the first tenth: {by_third}")
     wrong = traffic.wrong[:20]
     if wrong or abs(found) > MOST_CHANGE or code or "Traceback" in log:
         sys.exit("\n".join([f"ended with {code}", *wrong, log[-4000:]]))
