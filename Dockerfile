@@ -12,36 +12,25 @@ FROM ${BASE} AS pip
 # Where an index or its certificate has to be told, give pip's own file as the secret `pip`.
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /build
-# `strip` takes the symbols out of four large libraries, 150 MB. Nothing of this stage is in the image.
+# Nothing of this stage is in the image.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends binutils \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/aqt
+COPY deploy/image/install-packages.sh ./
 
 # The targets differ in what is installed here.
 FROM pip AS cpu-packages
 COPY requirements-serve.txt requirements.txt
-RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    /opt/pip/bin/pip --python /opt/aqt/bin/python install --require-hashes -r requirements.txt \
-    && find /opt/aqt/lib \( -name libjax_common.so -o -name '_tensorstore.*.so' \
-        -o -name '_ml_dtypes_ext.*.so' -o -path '*/uvloop/loop.*.so' \) \
-        -exec strip --strip-unneeded {} +
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf /build/install-packages.sh requirements.txt
 
 FROM pip AS cuda-packages
 COPY requirements-cuda.txt requirements.txt
-RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    /opt/pip/bin/pip --python /opt/aqt/bin/python install --require-hashes -r requirements.txt \
-    && find /opt/aqt/lib \( -name libjax_common.so -o -name '_tensorstore.*.so' \
-        -o -name '_ml_dtypes_ext.*.so' -o -path '*/uvloop/loop.*.so' \) \
-        -exec strip --strip-unneeded {} +
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf /build/install-packages.sh requirements.txt
 
 FROM pip AS tpu-packages
 COPY requirements-tpu.txt requirements.txt
-RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    /opt/pip/bin/pip --python /opt/aqt/bin/python install --require-hashes -r requirements.txt \
-    && find /opt/aqt/lib \( -name libjax_common.so -o -name '_tensorstore.*.so' \
-        -o -name '_ml_dtypes_ext.*.so' -o -path '*/uvloop/loop.*.so' \) \
-        -exec strip --strip-unneeded {} +
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf /build/install-packages.sh requirements.txt
 
 FROM pip AS wheel
 # What the fast door and the int8 kernel are compiled with; the kernel needs jaxlib's headers too.

@@ -62,9 +62,14 @@ def test_what_is_installed_is_pinned_with_hashes(lock):
     packages = re.split(r"\n(?! )", text.strip())
     assert all("--hash=sha256:" in package for package in packages)
     assert versions(lock) >= (set() if lock == "build" else versions("serve"))
-    assert (
-        f"--require-hashes -r requirements{'-build' if lock == 'build' else ''}.txt" in DOCKERFILE
-    )
+    if lock == "build":
+        assert "pip install --require-hashes -r requirements-build.txt" in DOCKERFILE
+    else:
+        assert f"COPY requirements-{lock}.txt requirements.txt" in DOCKERFILE
+        assert (
+            'install --require-hashes -r "$1"'
+            in (ROOT / "deploy" / "image" / "install-packages.sh").read_text()
+        )
 
 
 def test_compose_has_the_form_of_its_specification():
