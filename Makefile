@@ -7,7 +7,8 @@ PYPROJECTS := $(PROJECTS:%=%/pyproject.toml)
 NATIVE := hatch_build.py $(wildcard aqt_engine/kernels/native/*.cc aqt_engine/kernels/native/*.h)
 OURS := --no-emit-package aqt-engine --no-emit-package aqt-protos --no-emit-package aqt-client \
 	--no-emit-package aqt-server
-RESOLVE := $(BIN)/uv pip compile --quiet $(PYPROJECTS) --extra otlp --extra report $(OURS)
+RESOLVE := $(BIN)/uv pip compile --quiet $(PYPROJECTS) --extra otlp --extra pictures --extra report \
+	$(OURS)
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-annotate --no-header $(OURS)
 

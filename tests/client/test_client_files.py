@@ -1,5 +1,6 @@
 """Inputs from files by a model's signature, and outputs to files."""
 
+import io
 import json
 
 import hypothesis
@@ -157,6 +158,17 @@ def test_json_that_does_not_fit_is_refused(write, datatype, text, message):
     assert str(caught.value).startswith("input 'x' of ")
 
 
+def _damaged_within():
+    """An archive whose directory is whole, and whose compressed array is not."""
+    archive = io.BytesIO()
+    np.savez_compressed(archive, x=np.zeros(4))
+    content = bytearray(archive.getvalue())
+    data = content.index(b"x.npy") + 5
+    data += int.from_bytes(content[28:30], "little")  # what follows the name
+    content[data : data + 8] = b"\xff" * 8
+    return bytes(content)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -168,6 +180,8 @@ def test_json_that_does_not_fit_is_refused(write, datatype, text, message):
         ("x.npz", b"PK\x03\x04damaged", "cannot be used"),
         ("x.npy", b"\x93NUMPY", "cannot be used"),
         ("x.npy", b"\x80\x04K\x01.", "cannot be used"),
+        ("x.npy", b"\x93NUMPY\x01\x00\x02\x00{\n", "cannot be used"),
+        ("x.npz", _damaged_within(), "cannot be used"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(tmp_path, name, content, message):

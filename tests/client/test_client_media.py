@@ -86,10 +86,26 @@ def test_pixels_of_16_bits_are_not_cut_to_8(tmp_path):
         files.read_inputs(tmp_path / "deep.png", model("FP32", 4, 6))
 
 
-def test_what_is_no_picture_cannot_be_read(tmp_path):
-    (tmp_path / "x.png").write_bytes(b"none")
-    with pytest.raises(OSError, match=r"x\.png"):
-        files.read_inputs(tmp_path / "x.png", model("FP32", 4, 6))
+@pytest.mark.parametrize("damage", [b"none", 40, 60, b"IDAT"])
+def test_what_is_no_picture_or_damaged_is_told_of(gray, damage):
+    whole = gray.read_bytes()
+    if isinstance(damage, int):
+        gray.write_bytes(whole[:damage])
+    else:
+        gray.write_bytes(damage if damage == b"none" else whole.replace(damage, b"B/\x15\xc0"))
+    with pytest.raises(ValueError, match=r"gray\.PNG cannot be read as a picture: "):
+        files.read_inputs(gray, model("UINT8", 4, 6))
+
+
+def test_a_picture_that_would_fill_the_memory_is_not_unpacked(gray, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match=r"gray\.PNG cannot be read as a picture: .*bomb"):
+        files.read_inputs(gray, model("UINT8", 4, 6))
+
+
+def test_a_picture_that_is_not_there_is_told_of(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"x\.png"):
+        files.read_inputs(tmp_path / "x.png", model("UINT8", 4, 6))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (-1,)])

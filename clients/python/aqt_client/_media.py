@@ -22,13 +22,14 @@ def read_picture(file: Path, model: ModelMetadata) -> dict[str, Array]:
     They are 0 to 255 for UINT8, and 0 to 1 for floats.
 
     Raises:
-      ValueError: the model does not take a picture, one of another size, or Pillow is missing.
-      OSError: the file cannot be read, or is no picture.
+      ValueError: the model does not take a picture, or one of another size; the file is none, or
+        damaged; or Pillow is missing.
+      OSError: the file cannot be read.
     """
     try:
         from PIL import Image
     except ImportError as error:
-        raise ValueError("pictures need Pillow: pip install pillow") from error
+        raise ValueError("pictures need Pillow: pip install 'aqt-client[pictures]'") from error
     spec = _only_input(file, model)
     row = spec.shape[1:]
     channels = 1
@@ -42,13 +43,18 @@ def read_picture(file: Path, model: ModelMetadata) -> dict[str, Array]:
             f"{file} is a picture, and input {spec.name!r} of model {model.name!r} is "
             f"{spec.datatype}{list(spec.shape)}, not rows of pixels: save what it takes as .npy"
         )
-    with Image.open(file) as picture:
-        if picture.mode not in _OF_8_BITS:
-            raise ValueError(
-                f"{file} has pixels of mode {picture.mode}, and only those of 8 bits are read: "
-                f"save it so, or what the model takes as .npy"
-            )
-        pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+    with file.open("rb") as stream:
+        try:
+            picture = Image.open(stream)
+            picture.load()
+        except Exception as error:  # of decoders: whatever damage leads to, or its size
+            raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+    if picture.mode not in _OF_8_BITS:
+        raise ValueError(
+            f"{file} has pixels of mode {picture.mode}, and only those of 8 bits are read: "
+            f"save it so, or what the model takes as .npy"
+        )
+    pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
     size = row[:2] if last else row[1:]
     if any(wanted not in (-1, found) for wanted, found in zip(size, pixels.shape[:2], strict=True)):
         height, width = ("any" if n == -1 else n for n in size)

@@ -113,20 +113,21 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _read_numpy(file: Path, model: ModelMetadata) -> dict[str, Array]:
-    try:
-        # Opened here, for np.load leaves a damaged file open.
-        with file.open("rb") as stream:
+    # Opened here, for np.load leaves a damaged file open.
+    with file.open("rb") as stream:
+        try:
             loaded = np.load(stream, allow_pickle=False)
-            if not isinstance(loaded, np.ndarray):
-                return dict(loaded)
-        if len(model.inputs) != 1:
-            raise ValueError(
-                f"it holds one array without a name, and model {model.name!r} takes "
-                f"{len(model.inputs)}: save them by name with numpy.savez"
-            )
-        return {model.inputs[0].name: loaded}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} cannot be used: {error}") from error
+            arrays = loaded if isinstance(loaded, np.ndarray) else dict(loaded)
+        except Exception as error:  # of zipfile, zlib, tokenize: whatever damage leads to
+            raise ValueError(f"{file} cannot be used: {error}") from error
+    if not isinstance(arrays, np.ndarray):
+        return arrays
+    if len(model.inputs) != 1:
+        raise ValueError(
+            f"{file} cannot be used: it holds one array without a name, and model {model.name!r} "
+            f"takes {len(model.inputs)}: save them by name with numpy.savez"
+        )
+    return {model.inputs[0].name: arrays}
 
 
 def _without_loss(array: Array, spec: TensorMetadata) -> Array:
