@@ -92,7 +92,8 @@ def accumulator_limit(raw: "DotGeneralRaw") -> int | None:
         for t in (raw.lhs, raw.rhs)
         if isinstance(n := t.numerics, IntNumerics)
     ]
-    return int(jnp.iinfo(dtype).max // math.prod(bounds))
+    # One side may be a weight that another library stored, and reach one further: Qwix has -128.
+    return int(jnp.iinfo(dtype).max // (math.prod(bounds) + max(bounds, default=0)))
 
 
 def check_accumulator(raw: "DotGeneralRaw", count: int) -> None:
