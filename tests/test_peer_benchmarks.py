@@ -91,6 +91,33 @@ def test_a_worker_computes_is_timed_and_tells_what_went_wrong(tmp_path):
         assert workers["XLA int8"].time("product XLA int8", 1).elapsed > 0
 
 
+class Answering:
+    """A worker that answers `times` what is right."""
+
+    def __init__(self, times):
+        self.times = times
+
+    def prepare(self, key, what, arrays, *, rows):
+        with np.load(arrays) as of:
+            return self.times * (of["x"][:rows] @ of["w"])
+
+    def time(self, key, calls):
+        return Seconds(calls, calls)
+
+
+def test_a_peer_that_is_wrong_is_left_out_and_said_so(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    arrays = tmp_path / "layer.npz"
+    np.savez(arrays, xq=0, qvalue=0, x=rng.normal(size=(8, 4)), w=rng.normal(size=(4, 4)))
+    ours, peer = Peer("ours", "ours"), Peer("peer", "peer")
+    workers = {"ours": Answering(1.02), "peer": Answering(1.04)}
+    assert list(layers.compare(workers, (ours, peer), "layer", arrays, 4, rounds=1)) == ["ours"]
+    told = "peer is wrong by 4.00% in the layer of 4 rows"
+    assert capsys.readouterr().err == f"{told}: left out\n"
+    with pytest.raises(RuntimeError, match=told):
+        layers.compare(workers, (peer, ours), "layer", arrays, 4, rounds=1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(256, 256), (384, 1536)])
 def test_served_weights_are_read_in_int8_and_not_widened(shape):

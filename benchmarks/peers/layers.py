@@ -11,6 +11,7 @@ A second table has the product of integers alone, int8 by int8 to int32: our ker
 which it takes the place of.
 """
 
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -122,7 +123,11 @@ def compare(
         answer = workers[peer.name].prepare(key, what, arrays, rows=rows, **options)
         error = np.linalg.norm(answer - right_answer) / np.linalg.norm(right_answer)
         if not error <= (0 if integers else MOST_ERROR):
-            raise RuntimeError(f"{peer.name} is wrong by {error:.2%} in the {what} of {rows} rows")
+            wrong = f"{peer.name} is wrong by {error:.2%} in the {what} of {rows} rows"
+            if peer is peers[0]:
+                raise RuntimeError(wrong)
+            print(f"{wrong}: left out", file=sys.stderr, flush=True)
+            continue
         turns[peer.name] = lambda calls, w=workers[peer.name], key=key: w.time(key, calls)
     times = interleaved(turns, rounds)
     return ratios(times, peers[0].name)
