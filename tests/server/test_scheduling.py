@@ -208,6 +208,34 @@ def test_whatever_was_taken_is_counted_once_as_in_time_or_late(monkeypatch):
     with_batcher(test)
 
 
+@pytest.mark.parametrize(
+    ("answer_s", "waited_s", "expected"),
+    [(12, 5.5, [True, False, False]), (7, 3, [False, False])],
+    ids=["had time for a whole batch", "never had"],
+)
+def test_a_batch_that_is_cut_for_what_waited_too_long_counts_as_late(
+    answer_s, waited_s, expected, monkeypatch
+):
+    counted = []
+    monkeypatch.setattr(ServiceTime, "taken", lambda self, *, late: counted.append(late))
+
+    async def test(program, batcher):
+        await computed_in(program, batcher, 2.0)
+        await computed_in(program, batcher, 8.0, count=8)
+        program.gate.clear()
+        first = ask(batcher, 0)
+        await until_computing(program)
+        now = asyncio.get_running_loop().time()
+        cut = ask(batcher, 1, answer_by=now + answer_s)
+        others = ask(batcher, *[2] * 7, answer_by=now + 100)
+        await turn(waited_s)
+        program.gate.set()
+        await asyncio.gather(first, cut, others)
+
+    with_batcher(test)
+    assert counted == expected
+
+
 def test_who_has_too_little_time_is_told_when_the_others_are_out_of_the_way():
     async def test(program, batcher):
         await computed_in(program, batcher, 2.0)
