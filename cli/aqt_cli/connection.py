@@ -53,13 +53,22 @@ def arguments(
     }
 
 
+def check_pair(ca: Path | None, certificate: Path | None, key: Path | None) -> None:
+    """Returns if who calls shows nothing, or all that it takes.
+
+    Raises:
+      ValueError: a certificate has no key, or the reverse, or there is no CA with them.
+    """
+    if bool(certificate) != bool(key) or (certificate and not ca):
+        raise ValueError("--certificate needs --key and --ca: give all three")
+
+
 def _credentials(
     ca: Path | None, certificate: Path | None, key: Path | None
 ) -> "grpc.ChannelCredentials | None":
     import grpc
 
-    if bool(certificate) != bool(key) or (certificate and not ca):
-        raise ValueError("--certificate needs --key and --ca: give all three")
+    check_pair(ca, certificate, key)
     if not ca:
         return None
     return grpc.ssl_channel_credentials(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from aqt_cli.connection import Certificate, Key, check_pair
 from aqt_cli.failures import as_sentence, of_the_server
 
 if TYPE_CHECKING:
@@ -70,14 +71,17 @@ def top(
     ca: Annotated[
         Path | None, typer.Option(metavar="FILE", help="PEM of who vouches for the server.")
     ] = None,
+    certificate: Certificate = None,
+    key: Key = None,
 ) -> None:
     """Shows requests, latency, queue and exactness of each version that a server has."""
     from rich.console import Console
     from rich.live import Live
 
-    with as_sentence(ScrapeError, OSError):
+    with as_sentence(ScrapeError, OSError, ValueError):
         token = token_file.read_text().strip() if token_file else None
-        before = scrape(url, token=token, ca=ca)
+        context = _context(ca, certificate, key)
+        before = scrape(url, token=token, context=context)
         if once:
             rows = compare(None, before)
             if as_json:
@@ -91,7 +95,7 @@ def top(
                 live.start()
             while True:
                 time.sleep(interval)
-                now = scrape(url, token=token, ca=ca)
+                now = scrape(url, token=token, context=context)
                 rows = compare(before, now)
                 if live:
                     live.update(_table(rows, f"{url}, per second"), refresh=True)
@@ -105,7 +109,23 @@ def top(
                 live.stop()
 
 
-def scrape(url: str, *, token: str | None, ca: Path | None) -> Moment:
+def _context(ca: Path | None, certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
+    check_pair(ca, certificate, key)
+    if not ca:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=ca)
+        if certificate:
+            context.load_cert_chain(certificate, key)
+    except OSError as error:
+        raise ValueError(
+            f"--ca {ca}, --certificate {certificate or '(none)'} and --key {key or '(none)'} "
+            f"cannot be used: {error}"
+        ) from error
+    return context
+
+
+def scrape(url: str, *, token: str | None, context: ssl.SSLContext | None) -> Moment:
     """The samples at `url`, now.
 
     Raises:
@@ -118,7 +138,6 @@ def scrape(url: str, *, token: str | None, ca: Path | None) -> Moment:
     if not url.startswith(("http://", "https://")):
         raise ScrapeError(f"{url} is no URL of HTTP: give one as http://localhost:8002/metrics")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    context = ssl.create_default_context(cafile=ca) if ca else None
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=_BOUND_S, context=context) as response:
         text = response.read().decode(errors="replace")

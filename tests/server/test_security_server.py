@@ -3,6 +3,7 @@
 import re
 import socket
 import ssl
+import subprocess
 import urllib.error
 import urllib.request
 
@@ -21,7 +22,7 @@ from bundles import reference, write_linear
 from engine.contractions import assert_same_bits
 from server.certificates import Authority
 from server.messages import MODEL, raises_status, request_of, stock_input, x_of
-from server_process import WAIT_S, eventually, serving
+from server_process import AQT, WAIT_S, eventually, serving
 
 pytestmark = pytest.mark.slow
 
@@ -221,6 +222,14 @@ def test_the_certificate_says_who_calls(repository, files, tmp_path):
             (tmp_path / "client.pem").write_bytes(key + certificate)
             context.load_cert_chain(tmp_path / "client.pem")
             assert get(server.metrics_url, context=context)[0] == expected
+        # `ops` is the last of them.
+        (tmp_path / "ca.pem").write_bytes(authority.pem)
+        shown = ("--certificate", tmp_path / "client.pem", "--key", tmp_path / "client.pem")
+        for more, told in ((shown, MODEL), (("--key", "a"), "give all three")):
+            command = [AQT, "top", server.metrics_url, "--once", "--json", "--ca"]
+            command += [tmp_path / "ca.pem", *more]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S)
+            assert told in done.stdout + done.stderr
         with pytest.raises(OSError, match=r"certificate required|reset|EOF|closed"):
             get(
                 server.metrics_url,
