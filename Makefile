@@ -189,10 +189,12 @@ lock-peers: .venv/installed  ## the same for the peers; UV_FIND_LINKS says where
 clean:
 	rm -rf .venv out
 
-# An environment of what a lock has; and what lets one see what .venv has as well.
+# An environment of what a lock has; and what lets one see what .venv has as well. pip would write
+# bytecode on one core; what no Python compiles, as templates, it leaves alone as well.
 define VENV
 $(PYTHON) -m venv $(@D)
-$(@D)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+$(@D)/bin/pip install --quiet --disable-pip-version-check --no-compile --require-hashes -r $<
+$(@D)/bin/python -m compileall -qq -j 2 $(@D)/lib || true
 endef
 define SEE_PROJECT
 cd $(@D)/lib/python3*/site-packages && \

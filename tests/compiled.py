@@ -1,8 +1,13 @@
 """One compilation cache for a run of the tests: its workers and the servers that they start."""
 
+import contextlib
 import functools
 import os
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
 
 _INHERITED = "AQT_TESTS_COMPILED"
 
@@ -18,3 +23,27 @@ def shared_cache() -> str:
     if _INHERITED not in os.environ:
         os.environ[_INHERITED] = _made().name
     return os.environ[_INHERITED]
+
+
+@contextlib.contextmanager
+def in_haste() -> Iterator[None]:
+    """Has XLA optimize little, where programs run so short that compiling well costs more.
+
+    What was compiled so is thrown away: it may differ in a bit from what other tests expect.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+        jax.clear_caches()
+
+
+def for_children() -> dict[str, str]:
+    """The environment of processes that are JAX's alone: one of them compiles for the others."""
+    kept = Path(shared_cache()) / "children"
+    return {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(kept),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }

@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 import hypothesis
+import pytest
 
 from aqt_server.compiled import keep_in
-from compiled import shared_cache
+from compiled import in_haste, shared_cache
 
 ENGINE = Path(__file__).parent / "engine"
 SLOW_AS_A_WHOLE = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.slow\b", re.MULTILINE)
@@ -19,6 +20,13 @@ keep_in(Path(shared_cache()))
 hypothesis.settings.register_profile("default", deadline=None, max_examples=30)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(scope="class")
+def compiled_in_haste():
+    """For tests that compile much and whose claim is not one of optimized programs."""
+    with in_haste():
+        yield
 
 
 def pytest_addoption(parser):

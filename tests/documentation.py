@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from compiled import for_children
 from server_process import AQT, WAIT_S, serving
 
 _FENCE = re.compile(
@@ -83,7 +84,7 @@ class _Reader(contextlib.ExitStack):
             path = f"{AQT.parent}{os.pathsep}{os.environ['PATH']}"
             shell = ["bash", "-euo", "pipefail", "-c", text]
             done = subprocess.run(
-                shell, env={**os.environ, "PATH": path}, timeout=WAIT_S, capture_output=True
+                shell, env={**for_children(), "PATH": path}, timeout=WAIT_S, capture_output=True
             )
             assert done.returncode == 0, (block.place, done.stderr.decode())
 

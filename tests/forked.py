@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+from compiled import shared_cache
+
 ENDS_S = 120
 
 
@@ -93,6 +95,9 @@ def _aqt(
     with log.open("w") as stream:
         os.dup2(stream.fileno(), 2)
     from aqt_cli.main import app
+    from aqt_server.compiled import keep_in
 
+    # What a command compiles, a server or a worker need not; a server says where it keeps its own.
+    keep_in(Path(shared_cache()))
     sys.argv = ["aqt", *arguments]
     app()

@@ -97,7 +97,9 @@ def test_a_float_model_is_reported_as_rules_quantize_it(given):
     ("model", "options", "message"),
     [
         ("quantized", ["--max-bytes", "9", "--min-score", "1"], "give one budget"),
-        ("quantized", ["--max-bytes", "9"], "smallest mixture takes"),
+        pytest.param(
+            *("quantized", ["--max-bytes", "9"], "smallest mixture takes"), marks=pytest.mark.long
+        ),
         ("quantized", ["--classes", "logits"], "no output 'logits'"),
         ("quantized", ["--labels", "nothing"], "no array 'nothing'"),
     ],

@@ -13,6 +13,7 @@ import forked
 from aqt_client import Client
 from aqt_engine import QuantMode
 from bundles import write_linear
+from compiled import in_haste
 from engine.contractions import assert_same_bits
 from examples.digits.demo import training_forward
 from examples.digits.model import int8_model
@@ -32,7 +33,9 @@ def digits(tmp_path_factory):
     """Trained variables, held-out images, and the repository with the converted model."""
     root = tmp_path_factory.mktemp("digits")
     training, held_out = split_digits()
-    variables = train(int8_model(QuantMode.TRAIN), training, epochs=2, on_epoch=lambda loss: None)
+    model = int8_model(QuantMode.TRAIN)
+    with in_haste():
+        variables = train(model, training, epochs=2, on_epoch=lambda loss: None)
     save(variables, root / "checkpoint")
     np.savez(root / "example.npz", image=training.images[:100])
     result = aqt(

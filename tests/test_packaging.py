@@ -2,6 +2,7 @@
 
 import configparser
 import importlib.metadata
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -137,6 +138,12 @@ def asked_for(requirements):
     return ours, [distribution for _, distribution in others.values()]
 
 
+def link(target, source):
+    if source.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(source)
+
+
 @pytest.fixture
 def clean(installed, tmp_path):
     """Makes an environment with what installing a distribution brings, and no more.
@@ -154,8 +161,10 @@ def clean(installed, tmp_path):
             for file in distribution.files:
                 target, source = site / file, Path(distribution.locate_file(file))
                 if ".." not in file.parts and "__pycache__" not in file.parts:
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.symlink_to(source)
+                    link(target, source)
+                if file.suffix == ".py":
+                    # Compiled already: importing takes half.
+                    link(*(Path(importlib.util.cache_from_source(f)) for f in (target, source)))
         (site / "ours.pth").write_text("\n".join(str(installed / o) for o in ours))
         return environment / "bin/python"
 

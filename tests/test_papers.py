@@ -17,18 +17,6 @@ pytestmark = pytest.mark.slow
 EXPERIMENTS = ("pareto", "binary", "native_4bit", "int8_backward")
 
 
-@pytest.fixture(scope="module")
-def compiled_in_haste():
-    """Has XLA optimize little, which costs the few steps of a quick run less than compiling well.
-
-    What was compiled so is thrown away: it may differ in a bit from what other tests expect.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
-
-
 @pytest.mark.usefixtures("compiled_in_haste")
 @pytest.mark.parametrize(
     "name",

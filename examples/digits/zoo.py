@@ -39,7 +39,8 @@ def quality(forward: Forward) -> Quality:
 def _trained(name: str, fast: bool) -> Mapping[str, Any]:
     if fast:
         image = jax.ShapeDtypeStruct((1, 8, 8), np.float32)
-        return _module(name).lazy_init(jax.random.key(0), image)
+        # Compiled whole: eager, each operation is compiled by itself.
+        return jax.jit(lambda: _module(name).lazy_init(jax.random.key(0), image))()
     return train(_module(name), split_digits()[0], epochs=EPOCHS, on_epoch=lambda loss: None)
 
 

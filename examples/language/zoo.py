@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from aqt_engine import QuantMode
@@ -19,7 +20,8 @@ COMPARED = 256
 @functools.cache
 def variables(fast: bool) -> Mapping[str, Any]:
     model = int8_model(QuantMode.TRAIN)
-    return initial(model) if fast else train(model)
+    # Compiled whole: eager, each operation is compiled by itself.
+    return jax.jit(lambda: initial(model))() if fast else train(model)
 
 
 def inputs(rng: np.random.Generator, rows: int, length: int) -> Arrays:

@@ -30,7 +30,7 @@ with warnings.catch_warnings():
 
 pytestmark = pytest.mark.slow
 
-CASES = 80  # of each pair
+CASES = 160  # of each pair
 MATMUL = ((5, 12), (12, 7), (((1,), (0,)), ((), ())))
 BATCHED = ((3, 4, 5, 6), (4, 5, 3, 2), (((2, 0), (1, 2)), ((1,), (0,))))
 OUTPUT = ("OUTPUT", "CONTRACTING_AXIS")
@@ -117,32 +117,42 @@ def their_modes(bits, lhs, rhs):
     return c
 
 
+def in_turn(rows, columns):
+    """Every row with every column: but for each row's own column, in the long form alone."""
+    return [
+        pytest.param(row, column, marks=() if j == i % 2 else pytest.mark.long)
+        for i, row in enumerate(rows)
+        for j, column in enumerate(columns)
+    ]
+
+
 @pytest.mark.parametrize(
-    ("contraction", "dtype"),
-    [
-        pytest.param(MATMUL, np.float32, id="matmul-float32"),
-        pytest.param(BATCHED, ml_dtypes.bfloat16, id="batched-bfloat16"),
-        pytest.param(MATMUL, ml_dtypes.bfloat16, marks=pytest.mark.long, id="matmul-bfloat16"),
-        pytest.param(BATCHED, np.float32, marks=pytest.mark.long, id="batched-float32"),
-    ],
+    ("mode", "kind"),
+    in_turn(
+        MODES,
+        [
+            (MATMUL, np.float32),
+            (BATCHED, ml_dtypes.bfloat16),
+            (MATMUL, ml_dtypes.bfloat16),
+            (BATCHED, np.float32),
+        ],
+    ),
 )
-@pytest.mark.parametrize(("bits", "lhs", "rhs"), MODES)
-def test_dequantization_and_calibration_modes(bits, lhs, rhs, contraction, dtype):
+def test_dequantization_and_calibration_modes(mode, kind):
+    (bits, lhs, rhs), (contraction, dtype) = mode, kind
     ours = DotGeneral(fwd=DotGeneralRaw(lhs=side(bits[0], lhs), rhs=side(bits[1], rhs)))
     assert_same(ours, their_modes(bits, lhs, rhs), contraction, dtype)
 
 
 @pytest.mark.parametrize(
-    ("bits", "dtype"),
-    [
-        pytest.param(8, np.float32, id="8-float32"),
-        pytest.param(4, ml_dtypes.bfloat16, id="4-bfloat16"),
-        pytest.param(8, ml_dtypes.bfloat16, marks=pytest.mark.long, id="8-bfloat16"),
-        pytest.param(4, np.float32, marks=pytest.mark.long, id="4-float32"),
-    ],
+    ("name", "kind"),
+    in_turn(
+        CALIBRATIONS,
+        [(8, np.float32), (4, ml_dtypes.bfloat16), (8, ml_dtypes.bfloat16), (4, np.float32)],
+    ),
 )
-@pytest.mark.parametrize("name", CALIBRATIONS)
-def test_calibrations(name, bits, dtype):
+def test_calibrations(name, kind):
+    bits, dtype = kind
     calibration, (their_name, arguments) = CALIBRATIONS[name]
     ours = config.update(config.config_v4(bits, None, None), "fwd.*", calibration=calibration)
     theirs = aqtp_config.config_v4(fwd_bits=bits, dlhs_bits=None, drhs_bits=None)
@@ -151,7 +161,7 @@ def test_calibrations(name, bits, dtype):
     assert_same(ours, theirs, MATMUL, dtype)
 
 
-@pytest.mark.parametrize("bias", [0.5, -1.25])
+@pytest.mark.parametrize("bias", [pytest.param(0.5, marks=pytest.mark.long), -1.25])
 def test_a_constant_bias_with_fake_quantization(bias):
     tensor = Tensor(
         numerics=config.int_numerics(8),

@@ -14,6 +14,7 @@ import tensorstore
 import bundles
 from aqt_engine import bundle
 from aqt_engine.files import onto
+from compiled import for_children
 
 BOUND_S = 120.0
 
@@ -197,7 +198,7 @@ def writer(folder, stop_at=0):
         [sys.executable, "-c", CHILD, str(folder), str(stop_at)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=for_children() | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
 
 
@@ -209,7 +210,7 @@ def test_a_writer_that_is_killed_leaves_no_bundle_and_hinders_no_other(tmp_path)
     assert process.returncode == 0
     bundle.load(tmp_path / "whole" / "1")
     # The first change makes the model's folder, the second the temporary one, the last renames it.
-    for stop_at in (2, 3, changes // 2, changes - 1, changes):
+    for stop_at in (2, changes // 2, changes):
         folder = tmp_path / f"stopped-{stop_at}"
         with writer(folder, stop_at) as process:
             try:

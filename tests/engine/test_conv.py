@@ -82,12 +82,19 @@ def quantized(x, axes):
     return np.round(np.clip(np.asarray(x) * (np.float32(1) / scale), -127, 127)), scale
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture
 def case(request):
     lhs, rhs, arguments = CASES[request.param]
     return *operands(lhs, rhs), arguments
 
 
+def of_cases(*short):
+    """These of the cases; the others in the long form alone."""
+    marked = [pytest.param(c, marks=() if c in short else pytest.mark.long) for c in CASES]
+    return pytest.mark.parametrize("case", marked, indirect=True)
+
+
+@of_cases(*CASES)
 def test_forward_is_the_integer_convolution_times_both_scales(case):
     lhs, rhs, arguments = case
     (ql, sl), (qr, sr) = quantized(lhs, (1, 2, 3)), quantized(rhs, (0, 1, 2))
@@ -101,23 +108,19 @@ def test_forward_is_the_integer_convolution_times_both_scales(case):
         conv_general_dilated, dimension_numbers=NHWC, config=INT8, **arguments
     )
     assert_same_bits(jax.jit(convolve)(lhs, rhs), total * sl * sr)
-    if arguments in (CASES["same"][2], CASES["groups"][2]):
+    if arguments == CASES["groups"][2]:
         assert_same_bits(convolve(lhs, rhs), total * sl * sr)
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "HWNC"])
+@pytest.mark.parametrize("layout", ["NCHW", pytest.param("HWNC", marks=pytest.mark.long)])
 def test_layouts(layout):
     lhs, rhs = operands((2, 7, 6, 3), (3, 2, 3, 4))
     arguments = {"window_strides": (2, 1), "padding": "SAME"}
-    expected = conv_general_dilated(lhs, rhs, dimension_numbers=NHWC, config=INT8, **arguments)
+    convolve = functools.partial(conv_general_dilated, config=INT8, **arguments)
+    expected = jax.jit(functools.partial(convolve, dimension_numbers=NHWC))(lhs, rhs)
     order = ["NHWC".index(c) for c in layout]
-    found = conv_general_dilated(
-        jnp.transpose(lhs, order),
-        jnp.transpose(rhs, (3, 2, 0, 1)),
-        dimension_numbers=(layout, "OIHW", layout),
-        config=INT8,
-        **arguments,
-    )
+    in_layout = functools.partial(convolve, dimension_numbers=(layout, "OIHW", layout))
+    found = jax.jit(in_layout)(jnp.transpose(lhs, order), jnp.transpose(rhs, (3, 2, 0, 1)))
     assert_same_bits(jnp.transpose(found, np.argsort(order)), expected)
 
 
@@ -150,7 +153,7 @@ def gradients(function, lhs, rhs):
     return jax.jit(functools.partial(uncompiled_gradients, function))(lhs, rhs)
 
 
-@pytest.mark.slow
+@of_cases("same", "batch groups")
 def test_unquantized_gradients_are_those_in_float(case):
     lhs, rhs, arguments = case
     ours = functools.partial(conv_general_dilated, dimension_numbers=NHWC, **arguments)
@@ -162,8 +165,16 @@ def test_unquantized_gradients_are_those_in_float(case):
             np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("use_fwd_quant", [False, True])
+# Each case with one of the two, in turn, and in the long form with both.
+@pytest.mark.parametrize(
+    ("case", "use_fwd_quant"),
+    [
+        pytest.param(case, fwd, marks=() if (i + fwd) % 2 else pytest.mark.long)
+        for i, case in enumerate(CASES)
+        for fwd in (False, True)
+    ],
+    indirect=["case"],
+)
 def test_quantized_gradients_are_near_those_in_float(case, use_fwd_quant):
     lhs, rhs, arguments = case
     c = config.fully_quantized(8, 8, use_fwd_quant, False)
@@ -179,7 +190,7 @@ def fake_quantized(x, axes):
     return jnp.asarray(q * scale)
 
 
-@pytest.mark.slow
+@of_cases("explicit", "groups", "batch groups")
 def test_quantized_gradients_are_those_of_quantized_operands(case):
     lhs, rhs, arguments = case
     c = config.config_v4(None, 8, 8, use_stochastic_rounding=False)
@@ -213,7 +224,8 @@ def test_a_stored_kernel_gives_the_same_bits_in_its_own_layout():
     axes = ConvAxes.parse(lhs.shape, rhs.shape, (1, 1), "SAME", None, None, NCHW, 1, 1)
     stored = quantize_rhs(rhs, axes, config=INT8)
     assert stored.scale.shape == (4, 1, 1, 1)
-    assert_same_bits(convolve(lhs, stored), convolve(lhs, rhs))
+    compiled = jax.jit(convolve)
+    assert_same_bits(compiled(lhs, stored), compiled(lhs, rhs))
     with pytest.raises(TypeError, match="stored QTensor has no gradient"):
         jax.grad(lambda x: convolve(x, stored).sum())(lhs)
 
@@ -258,6 +270,7 @@ def test_gradients_under_transformations(transform):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@of_cases("same", "negative", "transposed", "depthwise", "batch groups")
 def test_zero_points_do_not_leak_into_the_padding(case):
     lhs, rhs, arguments = case
     lhs, rhs = lhs + 1.5, rhs - 0.5
@@ -266,7 +279,9 @@ def test_zero_points_do_not_leak_into_the_padding(case):
     for side in ("lhs", "rhs"):
         c = config.update(c, f"fwd.{side}", calibration=MinMaxCalibration())
     for i, (tensor, axes) in enumerate(((c.fwd.lhs, (1, 2, 3)), (c.fwd.rhs, (0, 1, 2)))):
-        dequantized[i] = tensor.quantizer(None).quant(dequantized[i], axes)[0].dequant()
+        quantizer = tensor.quantizer(None)
+        rounded = jax.jit(lambda x, q=quantizer, axes=axes: q.quant(x, axes)[0].dequant())
+        dequantized[i] = rounded(dequantized[i])
     convolve = functools.partial(
         conv_general_dilated, dimension_numbers=NHWC, config=c, **arguments
     )
@@ -299,10 +314,13 @@ def test_forward_equals_aqtp():
         theirs = aqt_conv_general.make_conv_general_dilated(
             aqt_conv_general.conv_general_dilated_make(2, 8, 8)
         )
-    for name in ("plain", "same", "explicit"):
+    for name in ("same", "explicit"):
         lhs, rhs, arguments = CASES[name]
         lhs, rhs = operands(lhs, rhs, seed=5)
-        found = conv_general_dilated(lhs, rhs, dimension_numbers=NHWC, config=INT8, **arguments)
+        convolve = functools.partial(
+            conv_general_dilated, dimension_numbers=NHWC, config=INT8, **arguments
+        )
+        found = jax.jit(convolve)(lhs, rhs)
         numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, NHWC)
         assert_same_bits(found, theirs(lhs, rhs, dimension_numbers=numbers, **arguments))
 

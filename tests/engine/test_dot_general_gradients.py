@@ -56,11 +56,20 @@ def dequantized(x, axes):
     return np.rint(np.clip(x * (1 / scale), -127, 127)) * scale
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["use_fwd_quant", "float"])
+def marked(i, shared):
+    """The first fast; each slow with one of the two, in turn, and in the long form with both."""
+    if i == 0:
+        return ()
+    return pytest.mark.slow if (i + shared) % 2 else [pytest.mark.slow, pytest.mark.long]
+
+
 @pytest.mark.parametrize(
-    "contraction",
-    [CONTRACTIONS[0], *(pytest.param(c, marks=pytest.mark.slow) for c in CONTRACTIONS[1:])],
-    ids=str,
+    ("contraction", "shared"),
+    [
+        pytest.param(contraction, shared, marks=marked(i, shared))
+        for i, contraction in enumerate(CONTRACTIONS)
+        for shared in (True, False)
+    ],
 )
 def test_a_float_backward_pass_is_that_of_the_operands_it_takes(contraction, shared):
     lhs, rhs, dimension_numbers = contraction
@@ -86,17 +95,20 @@ def test_a_float_backward_pass_is_that_of_the_operands_it_takes(contraction, sha
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "c",
+    ("c", "run"),
     [
-        pytest.param(QUANTIZED, marks=pytest.mark.long, id="nearest"),
-        pytest.param(STOCHASTIC, id="stochastic"),
+        pytest.param(QUANTIZED, lambda f: f, marks=pytest.mark.long, id="nearest, eager"),
+        pytest.param(STOCHASTIC, lambda f: f, marks=pytest.mark.long, id="stochastic, eager"),
+        pytest.param(STOCHASTIC, jax.jit, id="stochastic"),
     ],
 )
-def test_compiled_mapped_scanned_and_rematerialized_gradients_have_the_same_bits(c):
+def test_compiled_mapped_scanned_and_rematerialized_gradients_have_the_same_bits(c, run):
     batched = arguments(batch=(3,))
     key = jax.random.key(1)
     gradient = functools.partial(matmul_gradients(c), key=key)
-    each = [gradient(*[a[i] for a in batched]) for i in range(3)]
+    jitted = jax.jit(gradient)
+    alone = jitted if run is jax.jit else gradient
+    each = [alone(*[a[i] for a in batched]) for i in range(3)]
     expected = [np.stack(parts) for parts in zip(*each, strict=True)]
 
     def contraction(lhs, rhs):
@@ -108,14 +120,13 @@ def test_compiled_mapped_scanned_and_rematerialized_gradients_have_the_same_bits
     def scanned(*stacked):
         return jax.lax.scan(lambda carry, case: (carry, gradient(*case)), 0, stacked)[1]
 
-    jitted = jax.jit(gradient)
     found = {
         "jit": [
             np.stack(parts)
             for parts in zip(*[jitted(*[a[i] for a in batched]) for i in range(3)], strict=True)
         ],
-        "vmap": jax.vmap(gradient)(*batched),
-        "scan": scanned(*batched),
+        "vmap": run(jax.vmap(gradient))(*batched),
+        "scan": run(scanned)(*batched),
         "remat": jax.jit(jax.vmap(rematerialized))(*batched),
     }
     for results in found.values():

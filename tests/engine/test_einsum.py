@@ -106,7 +106,7 @@ def equations(draw):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=150)
+@hypothesis.settings(max_examples=2 * hypothesis.settings.default.max_examples)
 @hypothesis.given(case=equations())
 def test_any_equation_is_numpys(case):
     equation, lhs, rhs = case

@@ -73,7 +73,7 @@ class Lifted(nn.Module):
 
 @pytest.mark.parametrize(
     "how",
-    ["scan", *(pytest.param(h, marks=pytest.mark.slow) for h in ("remat", "vmap", "jit", "both"))],
+    ["scan", "vmap", "jit", *(pytest.param(h, marks=pytest.mark.long) for h in ("remat", "both"))],
 )
 def test_lifted_modules_store_and_serve(how):
     _, aqt, _ = assert_modes_agree(functools.partial(Lifted, how=how))
@@ -82,7 +82,9 @@ def test_lifted_modules_store_and_serve(how):
     assert sum(leaf.qvalue.size for leaf in leaves.values()) == 3 * 6 * 6
 
 
-@pytest.mark.parametrize("how", ["scan", "remat", "jit", "both"])
+@pytest.mark.parametrize(
+    "how", ["jit", "both", *(pytest.param(h, marks=pytest.mark.long) for h in ("scan", "remat"))]
+)
 def test_lifting_changes_no_answer_and_leaves_a_gradient(how):
     lifted = Lifted(TRAIN, how)
     params = parameters(functools.partial(Lifted, how="loop"))
@@ -146,7 +148,7 @@ def test_training_with_stochastic_rounding_lowers_the_loss():
     assert_same_bits(served, run(Mlp(), {"params": params}))
 
 
-@pytest.mark.parametrize("stream", ["params", "noise"])
+@pytest.mark.parametrize("stream", [pytest.param("params", marks=pytest.mark.long), "noise"])
 def test_the_noise_comes_from_the_stream_that_is_named(stream):
     params, loss_and_gradient = regression(Mlp(prng_name=stream), stream)
     first, again, other = (loss_and_gradient(params, jax.random.key(k)) for k in (1, 1, 2))

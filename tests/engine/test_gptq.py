@@ -165,11 +165,10 @@ KERNEL = {"params": {"kernel": jnp.asarray(RNG.normal(size=(24, 30)), jnp.float3
 @pytest.mark.parametrize(
     ("act_order", "block_size"),
     [
-        (False, 1),
         (True, 7),
         *(
             pytest.param(*of, marks=pytest.mark.long)
-            for of in ((True, 1), (False, 7), (False, 128), (True, 128))
+            for of in ((False, 1), (True, 1), (False, 7), (False, 128), (True, 128))
         ),
     ],
 )

@@ -177,9 +177,16 @@ both_layouts = pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "
 widths = pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.long)])
 
 
-@both_layouts
+# Each model in one of the layouts, in turn, and in the long form in both.
+@pytest.mark.parametrize(
+    ("model", "legacy"),
+    [
+        pytest.param(model, legacy, marks=() if (i + legacy) % 2 else pytest.mark.long)
+        for i, model in enumerate(MODELS)
+        for legacy in (True, False)
+    ],
+)
 @widths
-@pytest.mark.parametrize("model", MODELS)
 def test_a_live_tree_is_served_as_aqtp_trains(model, bits, legacy):
     variables, trained = stored(model, bits, legacy)
     ours = factory(model, bits)
@@ -190,7 +197,7 @@ def test_a_live_tree_is_served_as_aqtp_trains(model, bits, legacy):
 
 
 @widths
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [pytest.param(Mlp, marks=pytest.mark.long), *MODELS[1:]])
 def test_plain_parameters_give_the_integers_that_aqtp_stores(model, bits):
     variables, trained = stored(model, bits, legacy=False)
     ours = factory(model, bits)
@@ -202,8 +209,15 @@ def test_plain_parameters_give_the_integers_that_aqtp_stores(model, bits):
     jax.tree.map(assert_same_bits, converted["aqt"], migrated["aqt"])
 
 
-@both_layouts
-@pytest.mark.parametrize("form", ["orbax", "msgpack"])
+@pytest.mark.parametrize(
+    ("form", "legacy"),
+    [
+        ("orbax", True),
+        ("msgpack", False),
+        pytest.param("orbax", False, marks=pytest.mark.long),
+        pytest.param("msgpack", True, marks=pytest.mark.long),
+    ],
+)
 def test_a_checkpoint_is_loaded_without_aqtp(tmp_path, legacy, form):
     variables, trained = stored(Einsums, 8, legacy)
     if form == "orbax":

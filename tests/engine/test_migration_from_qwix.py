@@ -105,7 +105,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[pytest.mark.long] * (c == "int3")) for c in CASES]
+    "case", [pytest.param(c, marks=[pytest.mark.long] * (c in ("int3", "int4"))) for c in CASES]
 )
 def test_integers_and_scales_are_moved_as_they_are(case):
     model, cfg, rule = CASES[case]
@@ -189,7 +189,7 @@ def test_the_forward_of_qwix_is_served_in_every_bit(tmp_path, rule):
 
 
 def plain():
-    return {"params": Mlp().init(jax.random.key(0), X)["params"]}
+    return {"params": jax.jit(Mlp().init)(jax.random.key(0), X)["params"]}
 
 
 class Transposed(nn.Module):

@@ -35,7 +35,7 @@ class Mlp(nn.Module):
 
 assert jax.device_count() == 8
 x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12)), jnp.float32)
-variables = Mlp(QuantMode.TRAIN).init(jax.random.key(0), x)
+variables = jax.jit(Mlp(QuantMode.TRAIN).init)(jax.random.key(0), x)
 alone = jax.jit(Mlp(QuantMode.TRAIN).apply)(variables, x)
 mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 

@@ -57,7 +57,7 @@ class Converted:
 
     def error(self):
         """Of what is served, relative to the float model."""
-        truth = Float().apply(self.params, X)
+        truth = jax.jit(Float().apply)(self.params, X)
         served = Program(self.loaded, max_rows=8)({"x": X})["output"]
         return float(jnp.linalg.norm(served - truth) / jnp.linalg.norm(truth))
 

@@ -58,7 +58,6 @@ def group_by_group(c):
 @pytest.mark.slow
 def test_forward_is_numpys_integer_sum_times_both_scales():
     lhs, rhs, _ = operands()
-    found = contraction(INT8)(lhs, rhs)
     x, w = np.asarray(lhs), np.asarray(rhs)
     x_scale = np.abs(x).max(1, keepdims=True) * np.float32(1 / 127.5)
     w_scale = np.abs(w).max(1, keepdims=True) * np.float32(1 / 127.5)
@@ -67,13 +66,17 @@ def test_forward_is_numpys_integer_sum_times_both_scales():
     expected = np.zeros((ROWS, N), np.float32)
     for i, rows in enumerate(slices()):
         expected[rows] = (x_q[rows] @ w_q[i]).astype(np.float32) * x_scale[rows] * w_scale[i]
-    assert_same_bits(found, expected)
     assert_same_bits(jax.jit(contraction(INT8))(lhs, rhs), expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("c", "dtype"), [(INT8, jnp.bfloat16), (INT8, np.float32), (FWD_QUANT, np.float32)]
+    ("c", "dtype"),
+    [
+        (INT8, jnp.bfloat16),
+        pytest.param(INT8, np.float32, marks=pytest.mark.long),
+        (FWD_QUANT, np.float32),
+    ],
 )
 def test_value_and_gradients_are_those_of_each_group_alone(c, dtype):
     arguments = operands(1, dtype)

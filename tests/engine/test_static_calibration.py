@@ -226,13 +226,12 @@ def test_shards_are_served_as_they_were_trained():
 
     def apply(mode, variables, x):
         model = nn.Dense(8, dot_general=AqtDotGeneral(c, rhs_quant_mode=mode))
-        return model.apply(variables, x)
+        return jax.jit(model.apply)(variables, x)
 
     x = inputs()
     variables = jax.jit(nn.Dense(8).init)(jax.random.key(0), x)
-    _, stored = nn.Dense(8, dot_general=AqtDotGeneral(c, rhs_quant_mode=QuantMode.CONVERT)).apply(
-        variables, x, mutable=["aqt"]
-    )
+    converting = nn.Dense(8, dot_general=AqtDotGeneral(c, rhs_quant_mode=QuantMode.CONVERT))
+    _, stored = jax.jit(functools.partial(converting.apply, mutable=["aqt"]))(variables, x)
     (kernel,) = stored_leaves(stored["aqt"]).values()
     assert (kernel.qvalue.shape, kernel.scale.shape) == ((4, 4, 8), (4, 1, 8))
     assert_same_bits(

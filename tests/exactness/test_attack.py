@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 MODELS = ("patients_int8", "language_int8")
 LENGTHS = (16, 64)
-REQUESTS = 800
+REQUESTS = 400
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ FIRST = dataclasses.replace(
 @pytest.mark.parametrize(
     ("encoder", "layers"),
     [
-        pytest.param(FIRST.with_lengths(16, 24), first_layers.LAYERS, id="first layers"),
+        pytest.param(FIRST.with_lengths(16, 24), first_layers.LAYERS, id="first layer"),
         pytest.param(WHOLE, model.LAYERS, id="whole", marks=pytest.mark.long),
     ],
 )
