@@ -29,8 +29,9 @@ def shared_cache() -> str:
 def in_haste() -> Iterator[None]:
     """Has XLA optimize little, where programs run so short that compiling well costs more.
 
-    What was compiled so is thrown away: it may differ in a bit from what other tests expect.
+    What was compiled before or so is thrown away: the two may differ in a bit.
     """
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield
