@@ -83,7 +83,7 @@ def test_lifted_modules_store_and_serve(how):
 
 
 @pytest.mark.parametrize(
-    "how", ["jit", "both", *(pytest.param(h, marks=pytest.mark.long) for h in ("scan", "remat"))]
+    "how", ["both", *(pytest.param(h, marks=pytest.mark.long) for h in ("jit", "scan", "remat"))]
 )
 def test_lifting_changes_no_answer_and_leaves_a_gradient(how):
     lifted = Lifted(TRAIN, how)

@@ -199,7 +199,7 @@ def test_the_integers_are_those_of_the_paper(act_order, block_size):
     ("quantization", "dtype"),
     [
         (weights_of(4, calibration=MinMaxCalibration()), jnp.float32),
-        (weights_of(4), jnp.bfloat16),
+        pytest.param(weights_of(4), jnp.bfloat16, marks=pytest.mark.long),
         *(
             pytest.param(quantization, jnp.float32, marks=pytest.mark.long)
             for quantization in (

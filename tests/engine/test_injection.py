@@ -77,6 +77,7 @@ def test_outputs_and_gradients_are_those_of_the_model_by_hand():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_mode_gives_the_bits_of_the_model_by_hand():
     factory, variables = quantize(Everything(), RULES), everything()
     by_hand = apply(ByHand(), variables, TOKENS)
