@@ -99,7 +99,7 @@ def test_a_float_backward_pass_is_that_of_the_operands_it_takes(contraction, sha
     [
         pytest.param(QUANTIZED, lambda f: f, marks=pytest.mark.long, id="nearest, eager"),
         pytest.param(STOCHASTIC, lambda f: f, marks=pytest.mark.long, id="stochastic, eager"),
-        pytest.param(STOCHASTIC, jax.jit, marks=pytest.mark.long, id="stochastic"),
+        pytest.param(STOCHASTIC, jax.jit, id="stochastic"),
     ],
 )
 def test_compiled_mapped_scanned_and_rematerialized_gradients_have_the_same_bits(c, run):
