@@ -203,7 +203,9 @@ def test_nothing_damaged_is_served(root, drawn):
             if (copy / file).stat().st_size:
                 damage(drawn, copy / file)
                 harmed[name] = file
-    entries = list((root / "compiled").glob("*.compiled"))
+    with serving(root / "repository", *flags(root), log=root / "log-compiled"):
+        entries = list((root / "compiled").glob("*.compiled"))
+    assert entries
     for entry in entries:
         drawn.choice((_flip, _truncate))(drawn, entry)
     expected = reference(whole, X)
@@ -220,7 +222,6 @@ def test_nothing_damaged_is_served(root, drawn):
             assert file.name in str(raised.value) or file.name == "manifest.json"
         assert server.log().count("is damaged, and is compiled again") >= 1
         assert_exact(client, "whole", expected)
-    assert entries
 
 
 def test_a_full_disk_costs_the_cache_and_the_log_and_no_request(root, tmp_path):
