@@ -3,10 +3,9 @@
 A float sum over a row changes in its last bit with the shape of the batch it is computed in, and
 the next quantizer can turn that bit into another integer. So the graph is compiled at one fixed
 number of rows, the tile, and a batch is `lax.map` of that one body over tiles: a row meets the
-same instructions wherever it lies. How many tiles are computed at once is their bucket; buckets
-are powers of two. On a CPU each core computes its share of a bucket, in a call of an executable
-that maps over so many tiles, since a small tile keeps few cores busy. A model whose signature has
-symbolic dimensions has a graph, and executables, for each of their length buckets.
+same instructions wherever it lies. How many tiles an executable maps over is its bucket; buckets
+are powers of two. A model whose signature has symbolic dimensions has a graph, and executables, for
+each of their length buckets.
 
 Mode FAST gives that up for speed: the whole padded batch is computed at once, and a row's bits may
 depend on how many rows that has.
@@ -23,7 +22,6 @@ with the same inputs in the same order, and each has the whole answer.
 import contextlib
 import enum
 import math
-import os
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -74,16 +72,6 @@ def tile_buckets(max_rows: int, tile: int, layout: Layout = Layout()) -> tuple[i
     return tuple(layout.copies * 2**i for i in range(last + 1))
 
 
-def most_shares() -> int:
-    """Calls of an executable that the device computes at once."""
-    return len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else 1
-
-
-def share(tiles: int, most: int) -> int:
-    """The tiles of each of `most` shares at most, if there are `tiles`: both powers of two."""
-    return tiles >> (min(most, tiles).bit_length() - 1)
-
-
 class Program:
     """A bundle's weights on a device, and its executables by bucket.
 
@@ -122,9 +110,7 @@ class Program:
         if mode is Mode.FAST and layout.devices > 1:
             raise ValueError("mode fast computes on one device: lay it out on one")
         self.buckets = tile_buckets(max_rows, bundle.manifest.tile, layout)
-        """Numbers of tiles that are computed at once, ascending."""
         self._mesh = layout.mesh() if layout.devices > 1 else None
-        self._most_shares = most_shares() if mode is Mode.EXACT and self._mesh is None else 1
         self._graphs: dict[LengthBucket, export.Exported] = {}
         if packed is None:
             kernel = kernel and mode is Mode.EXACT and self._mesh is None
@@ -142,7 +128,7 @@ class Program:
         self._executables: dict[tuple[LengthBucket, int], Executable] = {}
         self._gathering: dict[LengthBucket, Executable] = {}
         self.workspace_nbytes = 0
-        """Bytes beside the weights that the shares of the hungriest bucket are computed in."""
+        """Bytes beside the weights that the hungriest of the compiled executables computes in."""
         self._compiling = threading.Lock()
         self._weights = self._placed(bundle)
 
@@ -169,24 +155,15 @@ class Program:
         """Rows that the largest bucket holds."""
         return self.buckets[-1] * self.manifest.tile
 
-    @property
-    def shares(self) -> tuple[int, ...]:
-        """Numbers of tiles that there are executables for, ascending: the shares of the buckets."""
-        return tuple(sorted({self._share(bucket) for bucket in self.buckets}))
-
-    def _share(self, bucket: int) -> int:
-        """The tiles of a bucket that one call of an executable computes."""
-        return share(bucket, self._most_shares)
-
-    def compile(self, tiles: int, length_bucket: LengthBucket = ()) -> None:
-        """Compiles the executable for a share of `tiles` tiles, unless it is there already."""
+    def compile(self, bucket: int, length_bucket: LengthBucket = ()) -> None:
+        """Compiles the executable for `bucket` tiles, unless it is there already."""
         with self._compiling:
-            if (length_bucket, tiles) not in self._executables:
-                self._executables[length_bucket, tiles] = self._compiled(tiles, length_bucket)
+            if (length_bucket, bucket) not in self._executables:
+                self._executables[length_bucket, bucket] = self._compiled(bucket, length_bucket)
                 heap.give_back()
 
-    def restore(self, tiles: int, length_bucket: LengthBucket = ()) -> None:
-        """Takes the executable for `tiles` tiles from the compilation cache, whatever was there.
+    def restore(self, bucket: int, length_bucket: LengthBucket = ()) -> None:
+        """Takes the executable for `bucket` tiles from the compilation cache, whatever was there.
 
         The cache has to be made to give it: JAX asks for a stand-in's (`restoration`). It computes
         the bits of the one that was compiled, as it is the same code. The program is on one device;
@@ -195,7 +172,7 @@ class Program:
         Raises:
           NotRestoredError: the cache gave nothing, or something else.
         """
-        inputs, results = self._signature(tiles, length_bucket)
+        inputs, results = self._signature(bucket, length_bucket)
         placeholder = stand_in([jax.ShapeDtypeStruct(*of) for of in results])
         packed = self.packed[length_bucket]
         weights = [
@@ -207,10 +184,10 @@ class Program:
         found = self._lowered(placeholder, weights, inputs).compile()
         check_restored(found, _NAME)
         with self._compiling:
-            self._executables[length_bucket, tiles] = found
+            self._executables[length_bucket, bucket] = found
 
-    def _compiled(self, tiles: int, length_bucket: LengthBucket) -> Executable:
-        inputs, _ = self._signature(tiles, length_bucket)
+    def _compiled(self, bucket: int, length_bucket: LengthBucket) -> Executable:
+        inputs, _ = self._signature(bucket, length_bucket)
         graph = self._graphs[length_bucket]
 
         def forward(weights: list[jax.Array], inputs: list[jax.Array]) -> list[jax.Array]:
@@ -223,9 +200,9 @@ class Program:
 
         forward.__name__ = _NAME
         compiled = self._lowered(forward, self._weights[length_bucket], inputs).compile()
-        return self._measured(compiled, length_bucket, at_once=self.buckets[-1] // tiles)
+        return self._measured(compiled, length_bucket)
 
-    def _compiled_to_gather(self, tiles: int, length_bucket: LengthBucket) -> Executable:
+    def _compiled_to_gather(self, bucket: int, length_bucket: LengthBucket) -> Executable:
         with self._compiling:
             if length_bucket not in self._gathering:
                 graph = self._graphs[length_bucket]
@@ -233,7 +210,7 @@ class Program:
                 def forward(weights: list[jax.Array], inputs: list[jax.Array]) -> list[jax.Array]:
                     return [y[None] for y in graph.call(weights, [x[0] for x in inputs])]
 
-                inputs, _ = self._signature(tiles, length_bucket)
+                inputs, _ = self._signature(bucket, length_bucket)
                 weights = self._weights[length_bucket]
                 lowered = self._lowered(forward, weights, inputs, gathered=True)
                 self._gathering[length_bucket] = lowered.compile(
@@ -242,23 +219,22 @@ class Program:
                 heap.give_back()
             return self._gathering[length_bucket]
 
-    def _signature(self, tiles: int, length_bucket: LengthBucket) -> tuple[_Shapes, _Shapes]:
-        """Shapes and dtypes of inputs and outputs, as an executable for `tiles` tiles has them."""
-        sizes, rows = self.manifest.sizes(length_bucket), tiles * self.manifest.tile
+    def _signature(self, bucket: int, length_bucket: LengthBucket) -> tuple[_Shapes, _Shapes]:
+        """Shapes and dtypes of inputs and outputs, as an executable for `bucket` tiles has them."""
+        sizes, rows = self.manifest.sizes(length_bucket), bucket * self.manifest.tile
         inputs = [spec.with_rows(rows, sizes) for spec in self.manifest.inputs]
         outputs = [spec.with_rows(rows, sizes) for spec in self.manifest.outputs]
         laid_out = [(self._laid_out(s.shape), s.dtype) for s in (*inputs, *outputs)]
         return laid_out[: len(inputs)], laid_out[len(inputs) :]
 
-    def _measured(self, compiled: Any, length_bucket: LengthBucket, *, at_once: int) -> Executable:
+    def _measured(self, compiled: Any, length_bucket: LengthBucket) -> Executable:
         if told := compiled.memory_analysis():
             taken = (
                 told.argument_size_in_bytes + told.output_size_in_bytes + told.temp_size_in_bytes
             )
             weights = self._weights[length_bucket]
             beside = taken - sum(_nbytes_of_one(w) for w in weights)
-            at_once = min(at_once, self._most_shares)
-            self.workspace_nbytes = max(self.workspace_nbytes, at_once * beside)
+            self.workspace_nbytes = max(self.workspace_nbytes, beside)
         return compiled
 
     def _lowered(
@@ -337,9 +313,9 @@ class Program:
         rows = self.buckets[0] * self.manifest.tile
         return self._in_calls(inputs, rows, self._compiled_to_gather)
 
-    def _executable(self, tiles: int, length_bucket: LengthBucket) -> Executable:
-        self.compile(tiles, length_bucket)
-        return self._executables[length_bucket, tiles]
+    def _executable(self, bucket: int, length_bucket: LengthBucket) -> Executable:
+        self.compile(bucket, length_bucket)
+        return self._executables[length_bucket, bucket]
 
     def _in_calls(
         self, inputs: Mapping[str, Array], most: int, executable: _Executables
@@ -392,34 +368,18 @@ class Program:
             empty = {spec.name: spec.with_rows(0, sizes) for spec in self.manifest.outputs}
             return {name: np.zeros(s.shape, s.dtype) for name, s in empty.items()}
         bucket = next(b for b in self.buckets if b * tile >= rows)
-        tiles = self._share(bucket)
-        # All calls are under way before the first is waited for; none is made for padding alone.
-        calls = [
-            executable(tiles, length_bucket)(
-                self._weights[length_bucket],
-                self._padded(inputs, slice(start, start + tiles * tile), tiles, sizes),
-            )
-            for start in range(0, rows, tiles * tile)
-        ]
-        outputs: dict[str, Array] = {}
-        for spec, *answers in zip(self.manifest.outputs, *calls, strict=True):
-            shape = spec.with_rows(tiles * tile, sizes).shape
-            shares = [np.asarray(answer).reshape(shape) for answer in answers]
-            outputs[spec.name] = (shares[0] if len(shares) == 1 else np.concatenate(shares))[:rows]
-        return outputs
-
-    def _padded(
-        self, inputs: Mapping[str, Array], rows: slice, tiles: int, sizes: Mapping[str, int]
-    ) -> list[Array | jax.Array]:
-        """Those rows of `inputs`, as an executable for `tiles` tiles takes them."""
         padded: list[Array | jax.Array] = []
         for spec in self.manifest.inputs:
-            whole = spec.with_rows(tiles * self.manifest.tile, sizes)
+            whole = spec.with_rows(bucket * tile, sizes)
             array = aligned_zeros(whole.shape, whole.dtype)
-            taken = inputs[spec.name][rows]
-            array[: len(taken)] = taken
+            array[:rows] = inputs[spec.name]
             padded.append(self._given(array.reshape(self._laid_out(whole.shape))))
-        return padded
+        answers = executable(bucket, length_bucket)(self._weights[length_bucket], padded)
+        shapes = [spec.with_rows(bucket * tile, sizes).shape for spec in self.manifest.outputs]
+        return {
+            spec.name: np.asarray(answer).reshape(shape)[:rows]
+            for spec, shape, answer in zip(self.manifest.outputs, shapes, answers, strict=True)
+        }
 
 
 def _graphs(

@@ -11,7 +11,6 @@ from jax import export, lax
 
 from aqt_engine import graphs
 from aqt_engine.convertible import Serving
-from aqt_engine.execution import most_shares, share
 from aqt_engine.kernels.substitution import substituted
 from aqt_engine.manifest import TileCost
 
@@ -82,8 +81,7 @@ def _runs(
     tile: int,
     tiles: int,
 ) -> Callable[[], None]:
-    """Computes `tiles` tiles, a power of two, as a server does, and waits for them."""
-    together = share(tiles, most_shares())
+    """A call that computes `tiles` tiles as a server does, and waits for them."""
     structs = {
         name: jax.ShapeDtypeStruct((tile, *array.shape[1:]), array.dtype)
         for name, array in inputs.items()
@@ -103,11 +101,11 @@ def _runs(
         for i, w in enumerate(weights)
     ]
     batch = {
-        name: jax.device_put(np.resize(array, (together, tile, *array.shape[1:])))
+        name: jax.device_put(np.resize(array, (tiles, tile, *array.shape[1:])))
         for name, array in inputs.items()
     }
 
     def run() -> None:
-        jax.block_until_ready([mapped(placed, batch) for _ in range(tiles // together)])
+        jax.block_until_ready(mapped(placed, batch))
 
     return run

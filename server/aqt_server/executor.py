@@ -74,8 +74,8 @@ class Executor:
                 self.executables = records.compile(self._program)
             else:
                 for length_bucket in manifest.length_buckets:
-                    for tiles in self._program.shares:
-                        self._program.compile(tiles, length_bucket)
+                    for bucket in self._program.buckets:
+                        self._program.compile(bucket, length_bucket)
         self.bucket_rows = tuple(b * manifest.tile for b in self._program.buckets)
         """Numbers of rows that are computed at once, ascending; others are padded to the next."""
         self.workspace_nbytes = (restored or self._program).workspace_nbytes

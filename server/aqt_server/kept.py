@@ -41,7 +41,7 @@ from aqt_engine.restoration import NotRestoredError
 from aqt_server.compiled import Entries, given, noted
 
 _log = logging.getLogger(__name__)
-_FORM = 2
+_FORM = 1
 _CODE = ("*.py", "kernels/*.py", "kernels/native/*.so")
 _VARIABLES = ("AQT_KERNELS", "JAX_", "XLA_", "LIBTPU_", "TF_", "CUDA_", "NVIDIA_")
 # By these /proc/cpuinfo tells one model, and what it can do, from another: of x86, and of ARM.
@@ -51,10 +51,10 @@ _OF_ARM = ("CPU ", "Features")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Executable:
-    """That for so many tiles at a length bucket, and where it lies."""
+    """That for `bucket` tiles at a length bucket, and where it lies."""
 
     length_bucket: LengthBucket
-    tiles: int
+    bucket: int
     key: str
     sha256: str
 
@@ -125,7 +125,7 @@ class Records:
         self._entries.remove(_key(of))
 
     def values(self, kept: Kept) -> dict[tuple[LengthBucket, int], bytes]:
-        """The executables of a version, by length bucket and tiles, as they lie on the disk.
+        """The executables of a version, by length bucket and bucket, as they lie on the disk.
 
         Raises:
           NotRestoredError: one is not what it was.
@@ -135,7 +135,7 @@ class Records:
             value = self._entries.read(one.key)
             if value is None or hashlib.sha256(value).hexdigest() != one.sha256:
                 raise NotRestoredError(f"the executable {one.key} is not what it was")
-            values[one.length_bucket, one.tiles] = value
+            values[one.length_bucket, one.bucket] = value
         return values
 
     def compile(self, program: Program) -> tuple[Executable, ...]:
@@ -189,23 +189,23 @@ class Restored(Program):
 
             def first() -> None:
                 with jax.enable_x64(in_64_bits):
-                    self.compile(self.shares[0], self.manifest.length_buckets[0])
+                    self.compile(self.buckets[0], self.manifest.length_buckets[0])
 
             read = beside.submit(first)
             placed = super()._placed(bundle)
             read.result()
         return placed
 
-    def compile(self, tiles: int, length_bucket: LengthBucket = ()) -> None:
-        """Reads the executable for `tiles` tiles, unless that was done, and compiles none."""
-        at = (length_bucket, tiles)
+    def compile(self, bucket: int, length_bucket: LengthBucket = ()) -> None:
+        """Reads the executable for `bucket` tiles, unless that was done, and compiles none."""
+        at = (length_bucket, bucket)
         # Without waiting for another that is being read.
         if at not in self._values:
             return
         with self._reading[at]:
             if at in self._values:
                 with given(self._values[at]):
-                    self.restore(tiles, length_bucket)
+                    self.restore(bucket, length_bucket)
                 del self._values[at]
 
 
@@ -267,7 +267,7 @@ def _digest_of_code(engine: Path) -> str:
 
 
 def _all(program: Program) -> list[tuple[LengthBucket, int]]:
-    return [(of, tiles) for of in program.manifest.length_buckets for tiles in program.shares]
+    return [(of, bucket) for of in program.manifest.length_buckets for bucket in program.buckets]
 
 
 def _key(of: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax import export, lax
 
-from aqt_engine import bundle, execution, graphs
+from aqt_engine import bundle, graphs
 from aqt_engine.arrays import aligned_zeros
 from aqt_engine.convertible import Leaf, Serving
 from aqt_engine.execution import Mode, Program, tile_buckets
@@ -208,30 +208,6 @@ def in_eight_threads(program, alone):
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
         for future in [threads.submit(work, seed) for seed in range(8)]:
             future.result(BOUND_S)
-
-
-@pytest.mark.parametrize(
-    ("cores", "shares", "calls"),
-    [
-        (1, (1, 2, 4, 8), [1, 2, 4, 8]),
-        (2, (1, 2, 4), [1, 1, 1, 2, 2, 4, 4]),
-        (3, (1, 2, 4), [1, 1, 1, 2, 2, 4, 4]),
-        (4, (1, 2), [1] * 6 + [2] * 4),
-        (64, (1,), [1] * 14),
-    ],
-)
-def test_each_core_computes_its_share(loaded, alone, monkeypatch, cores, shares, calls):
-    monkeypatch.setattr(execution, "most_shares", lambda: cores)
-    program = Program(loaded, max_rows=32)
-    assert program.buckets == (1, 2, 4, 8)
-    assert program.shares == shares
-    called = []
-    compiled = program._executable
-    monkeypatch.setattr(program, "_executable", lambda t, of: called.append(t) or compiled(t, of))
-    # One tile, two, three of a bucket of four, and eight.
-    for rows in (TILE, 5, 9, 32):
-        assert_answers(program, alone, np.arange(rows))
-    assert called == calls
 
 
 def test_a_bucket_is_compiled_once(loaded, monkeypatch):
