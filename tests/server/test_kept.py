@@ -9,12 +9,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from aqt_engine import bundle
 from aqt_engine.execution import Mode, Program
 from aqt_engine.restoration import NotRestoredError
 from aqt_server import executor, kept, repository
-from aqt_server.compiled import Entries, given
+from aqt_server.compiled import Entries, given, keep_in
 from aqt_server.entry import State
 from aqt_server.errors import NotServable
 from aqt_server.loader import Outcome
@@ -28,13 +29,26 @@ from engine.contractions import assert_same_bits
 from server_process import WAIT_S
 
 EARLIER = "at an earlier start"
-# Others, at the same time or before, share the directory in which things are kept.
 SEEDS = itertools.count(secrets.randbits(48))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_cache_of_ones_own(tmp_path_factory):
+    """What this process keeps: another that runs these tests would damage the same executables."""
+    compilation_cache.reset_cache()
+    keep_in(tmp_path_factory.mktemp("kept"))
+    yield
+    compilation_cache.reset_cache()
+    keep_in(Path(shared_cache()))
+
+
+def cache():
+    return Path(jax.config.jax_compilation_cache_dir)
 
 
 @pytest.fixture
 def records():
-    return kept.Records(Path(shared_cache()))
+    return kept.Records(cache())
 
 
 @pytest.fixture
@@ -96,7 +110,7 @@ def another_bundle(path, records, monkeypatch):
     write_linear(other, seed=next(SEEDS))
     record = records.find(of(path), proof_s=0)
     # Under the name that the other's would have.
-    Entries(Path(shared_cache())).put(f"proved-{of(other)}", kept._FORM_OF_RECORD.dump_json(record))
+    Entries(cache()).put(f"proved-{of(other)}", kept._FORM_OF_RECORD.dump_json(record))
     return other
 
 
@@ -113,14 +127,14 @@ def an_executable_less(path, records, monkeypatch):
 
 
 def a_damaged_record(path, records, monkeypatch):
-    (file,) = Path(shared_cache()).glob(f"proved-{of(path)}*")
+    (file,) = cache().glob(f"proved-{of(path)}*")
     content = bytearray(file.read_bytes())
     content[-9] ^= 1
     file.write_bytes(content)
 
 
 def a_record_of_another_form(path, records, monkeypatch):
-    Entries(Path(shared_cache())).put(f"proved-{of(path)}", b'{"of": 1}')
+    Entries(cache()).put(f"proved-{of(path)}", b'{"of": 1}')
 
 
 def another_processor(path, records, monkeypatch):
@@ -224,7 +238,7 @@ def test_a_version_that_is_not_exact_any_more_answers_nothing(path, records, mon
     monkeypatch.setattr(repository, "REPLAY_AFTER_S", 0)
     root = str(path.parent.parent)
     settings = Settings(models=Models(model_repository=root, proof_s=0,
-                                      compilation_cache=Path(shared_cache())))  # fmt: skip
+                                      compilation_cache=cache()))  # fmt: skip
 
     async def states_of():
         served = repository.Repository(settings, open_source(root, tmp), Policies(None))
