@@ -31,7 +31,7 @@ from pydantic import (
     PositiveInt,
 )
 
-from aqt_server.security.watched import Watched
+from aqt_server.security.watched import Watched, of_setting
 
 _DEFAULT = "*"
 _NOTHING: Mapping[str, Any] = {}
@@ -151,13 +151,7 @@ class Policies:
     def __init__(self, file: Path | None):
         self._read: Watched[Mapping[str, Policy]] | None = None
         if file:
-            try:
-                self._read = Watched([file], lambda: _read(file))
-            except OSError as error:
-                why = f"{file} cannot be read: {error.strerror}"
-                raise PolicyFileError(f"--model-policies {why}") from error
-            except PolicyFileError as error:
-                raise PolicyFileError(f"--model-policies {error}") from error
+            self._read = of_setting("--model-policies", file, lambda: _read(file), PolicyFileError)
 
     def of(self, name: str) -> Policy:
         """The policy of the model `name`."""

@@ -7,19 +7,17 @@ proxy's. Without tokens, the name in the client's certificate does. A message ne
 import dataclasses
 import hashlib
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from aqt_server.errors import Unauthenticated
-from aqt_server.security.watched import Watched
+from aqt_server.security.watched import Watched, of_setting
 from aqt_server.settings import Access, Tls
 
 if TYPE_CHECKING:
     from aqt_server.security.json_web_tokens import Keys
 
 _LEAST_TOKEN = 16
-_Value = TypeVar("_Value")
 
 
 class AccessFileError(ValueError):
@@ -49,13 +47,17 @@ class Authenticator:
         self._tokens: Watched[dict[str, str]] | None = None
         self._keys: Watched[Keys] | None = None
         if tokens := access.auth_tokens:
-            self._tokens = watched("--auth-tokens", tokens, lambda: _read_tokens(tokens))
+            self._tokens = of_setting(
+                "--auth-tokens", tokens, lambda: _read_tokens(tokens), AccessFileError
+            )
         if jwks := access.auth_jwks:
             # Only for whom has such keys: what they are checked with takes as long to import as
             # reading a small model.
             from aqt_server.security import json_web_tokens
 
-            self._keys = watched("--auth-jwks", jwks, lambda: json_web_tokens.Keys(jwks))
+            self._keys = of_setting(
+                "--auth-jwks", jwks, lambda: json_web_tokens.Keys(jwks), AccessFileError
+            )
         self.by_token = bool(self._tokens or self._keys)
         """Whether a token is what says who calls."""
         self.by_certificate = tls.tls_client_ca is not None and not self.by_token
@@ -90,20 +92,6 @@ class Authenticator:
             )
             return Principal(name)
         raise Unauthenticated("the token is not known here: send one that is, or renew it")
-
-
-def watched(setting: str, file: Path, read: Callable[[], _Value]) -> Watched[_Value]:
-    """What `read` makes of `file`, which `setting` names.
-
-    Raises:
-      AccessFileError: it cannot be used.
-    """
-    try:
-        return Watched([file], read)
-    except OSError as error:
-        raise AccessFileError(f"{setting} {file} cannot be read: {error.strerror}") from error
-    except AccessFileError as error:
-        raise AccessFileError(f"{setting} {error}") from error
 
 
 def _digest(token: str) -> str:

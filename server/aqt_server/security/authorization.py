@@ -22,9 +22,8 @@ from aqt_server.security.authentication import (
     AccessFileError,
     Authenticator,
     Principal,
-    watched,
 )
-from aqt_server.security.watched import Watched
+from aqt_server.security.watched import Watched, of_setting
 from aqt_server.settings import Access, Exempt, Tls
 
 
@@ -115,7 +114,9 @@ class Guard:
         self._exempt = frozenset(Action(e) for e in Exempt if e in access.auth_exempt)
         self._rules: Watched[tuple[Rule, ...]] | None = None
         if policy := access.auth_policy:
-            self._rules = watched("--auth-policy", policy, lambda: _read_rules(policy))
+            self._rules = of_setting(
+                "--auth-policy", policy, lambda: _read_rules(policy), AccessFileError
+            )
 
     def check(self, principal: Principal, action: Action, model: str = "") -> None:
         """Returns if `principal` may.

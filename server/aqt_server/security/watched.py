@@ -50,3 +50,19 @@ class Watched(Generic[_Value]):
     def _now(self) -> _Mark:
         status = map(os.stat, self._files)
         return tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in status)
+
+
+def of_setting(
+    setting: str, file: Path, read: Callable[[], _Value], error: type[Exception]
+) -> Watched[_Value]:
+    """What `read` makes of `file`, which `setting` names.
+
+    Raises:
+      error: the file cannot be used, as `read` says by that type, or cannot be read.
+    """
+    try:
+        return Watched([file], read)
+    except OSError as failed:
+        raise error(f"{setting} {file} cannot be read: {failed.strerror}") from failed
+    except error as failed:
+        raise error(f"{setting} {failed}") from failed
