@@ -104,6 +104,8 @@ def bench(
             return await put(client, model, version, requests, shape, check=check, seed=seed)
 
     with as_sentence(ClientError, ValueError, OSError):
+        if plot:
+            _require_drawing(plot)
         connection = arguments(
             server, token_file=token_file, ca=ca, certificate=certificate, key=key
         )
@@ -138,6 +140,7 @@ def summary(measured: "Measured") -> dict[str, Any]:
         "rows_per_s": measured.rows / measured.seconds,
         "latency_ms": latencies,
         "errors": dict(measured.errors),
+        "sentences": dict(measured.sentences),
         "different": measured.different,
         "sent_late_p99_ms": 1e3 * late,
     }
@@ -151,7 +154,7 @@ def _print(found: dict[str, Any], model: str, shape: "Shape", check: bool) -> No
     load = f"{shape.concurrency} requests under way"
     if shape.rate_per_s is not None:
         load = f"{shape.rate_per_s:g} requests a second, {shape.arrivals} arrivals"
-    table = Table(title=Text(f"{model}, {load}"), title_justify="left", show_header=False)
+    table = Table(show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right")
     table.add_row("requests a second", f"{found['requests_per_s']:,.1f}")
@@ -164,15 +167,32 @@ def _print(found: dict[str, Any], model: str, shape: "Shape", check: bool) -> No
         table.add_row("answers with other bits", f"{found['different']:,}")
     if shape.rate_per_s is not None:
         table.add_row("sent late, p99, ms", f"{found['sent_late_p99_ms']:,.2f}")
-    Console().print(table)
+    console = Console()
+    # Not as the table's title, which would be broken at its width.
+    console.print(Text(f"{model}, {load}", "italic"))
+    console.print(table)
+    for status, sentence in sorted(found["sentences"].items()):
+        console.print(Text(f"{status}: {sentence}"))
 
 
-def _draw(path: Path, measured: "Measured", model: str) -> None:
+def _require_drawing(path: Path) -> None:
+    """Refuses, before there is anything to draw, what could not be drawn."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("--plot needs matplotlib: pip install 'aqt-engine[report]'") from error
+    kinds = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in kinds:
+        raise ValueError(
+            f"--plot {path} is no file of a kind that can be drawn: name it .png or .svg"
+        )
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--plot {path} is in a directory that is not there: make it first")
+
+
+def _draw(path: Path, measured: "Measured", model: str) -> None:
     import numpy as np
+    from matplotlib.figure import Figure
 
     if not measured.latencies_s:
         raise ValueError("there is nothing to draw: no request was answered")

@@ -80,7 +80,9 @@ def convert(
     per_request: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="INPUT", help="An input that is one scalar for all rows. May be repeated."
+            metavar="INPUT",
+            help="An input that is one scalar for all rows of a request; the model is given it for "
+            "each row, of shape (rows,). May be repeated.",
         ),
     ] = None,
     tile: Annotated[

@@ -43,14 +43,16 @@ class Measured:
     """What came of the requests after the warm-up.
 
     `latencies_s` are of those that were answered, `late_s` how long after it was due each request
-    of an open loop was sent, `errors` counts the others by status. `different` answers had not the
-    bits of an earlier one of the same version to the same inputs.
+    of an open loop was sent, `errors` counts the others by status, and `sentences` has what the
+    first of each was told. `different` answers had not the bits of an earlier one of the same
+    version to the same inputs.
     """
 
     seconds: float = 0.0
     latencies_s: list[float] = dataclasses.field(default_factory=list)
     late_s: list[float] = dataclasses.field(default_factory=list)
     errors: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    sentences: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
     rows: int = 0
     different: int = 0
 
@@ -110,6 +112,7 @@ async def put(
         except ClientError as error:
             if due >= begin:
                 measured.errors[error.code.name] += 1
+                measured.sentences.setdefault(error.code.name, str(error))
             return
         now = time.perf_counter()
         if due >= begin:

@@ -39,6 +39,8 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
         self.model = pb.ModelMetadataResponse(name="identity", versions=["1", "3"])
         self.index = pb.RepositoryIndexResponse()
         self.answer = identity
+        self.failures = {}
+        self.streams_ended = threading.Event()
         self._pool = futures.ThreadPoolExecutor(4)
         # Only a port that a test has reserved is shared: a free one must not be anyone else's.
         options = [
@@ -111,6 +113,20 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
 
     def ModelInfer(self, request, context):
         return self._step("ModelInfer", request, context, self.answer(request))
+
+    def ModelStreamInfer(self, requests, context):
+        """An answer to each; `failures` has the sentence and the status of the nth."""
+        context.add_callback(self.streams_ended.set)
+        for index, request in enumerate(requests):
+            response = self._step("ModelStreamInfer", request, context, self.answer(request))
+            if index not in self.failures:
+                yield pb.ModelStreamInferResponse(infer_response=response)
+                continue
+            sentence, status = self.failures[index]
+            failed = pb.ModelStreamInferResponse(error_message=sentence)
+            if status:
+                failed.infer_response.parameters["aqt_status"].string_param = status
+            yield failed
 
 
 def identity(request):

@@ -64,7 +64,25 @@ def test_failures_are_counted_by_status_and_not_repeated(server, aqt):
     server.script.extend([(grpc.StatusCode.UNAVAILABLE, "stopping")])
     found = json.loads(aqt("--concurrency", 1, "--json").stdout)
     assert found["errors"] == {"RESOURCE_EXHAUSTED": 3, "UNAVAILABLE": 1}
+    assert found["sentences"] == {"RESOURCE_EXHAUSTED": "full", "UNAVAILABLE": "stopping"}
     assert found["answered"] + 4 == len(asked(server))
+
+
+def test_what_the_first_failure_was_told_is_shown(server, aqt):
+    server.script.extend([None, (grpc.StatusCode.INVALID_ARGUMENT, "17 is too long")])
+    assert "INVALID_ARGUMENT: 17 is too long" in aqt("--concurrency", 1).stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"), [("plot.odd", "name it .png or .svg"), ("none/plot.svg", "make it first")]
+)
+def test_a_plot_that_cannot_be_drawn_is_refused_before_the_load(
+    server, aqt, tmp_path, name, sentence
+):
+    done = aqt("--plot", tmp_path / name)
+    assert done.exit_code == 1
+    assert sentence in done.stderr
+    assert server.calls == []
 
 
 def test_answers_with_other_bits_are_found(server, aqt):

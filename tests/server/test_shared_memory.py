@@ -1,16 +1,19 @@
 """Tensors in system shared memory, put there and read from there by a stock client's own tools."""
 
+import asyncio
 import contextlib
 import os
 import uuid
 from pathlib import Path
 
 import grpc
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tritonclient.grpc as stock
 from tritonclient.utils import shared_memory as shm
 
+import aqt_client
 from aqt_protos import open_inference_pb2 as pb
 from aqt_protos import open_inference_pb2_grpc as pb_grpc
 from aqt_protos.tensors import DATATYPES, from_raw
@@ -18,6 +21,7 @@ from bundles import CLASSES, reference
 from engine.contractions import assert_same_bits
 from server.messages import MODEL, raises_status, request_of, x_of
 from server.odd_bundles import ARRAY_DATATYPES, WIDTH
+from server_process import WAIT_S
 
 pytestmark = [
     pytest.mark.slow,
@@ -275,3 +279,52 @@ def test_cuda_shared_memory_is_not_there_and_says_so(client):
     ):
         with raises_status("UNIMPLEMENTED", "use system shared memory"):
             call()
+
+
+def objects():
+    return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith("aqt-client")}
+
+
+def test_our_client_puts_tensors_there_and_reads_them(server, repository):
+    before = objects()
+    with (
+        aqt_client.Client(server.address) as client,
+        client.shared_memory(PAGE) as memory,
+    ):
+        assert objects() == before  # nothing is left if this process is killed
+        x, y = memory.put(jnp.asarray(X)), memory.empty((8, CLASSES), np.float32)
+        result = client.infer(MODEL, {"x": x}, outputs={"y": y})
+        assert_same_bits(result["y"], reference(repository / MODEL / "1", X))
+        assert np.shares_memory(result["y"], y.array)
+        assert not result["y"].flags.writeable
+        # Written again where it is, and the answer in the message.
+        x.array[...] = x_of(5, 2)
+        found = client.infer(MODEL, {"x": x}, outputs={"y": None})["y"]
+        assert_same_bits(found, reference(repository / MODEL / "1", x.array))
+        (streamed,) = client.stream(MODEL, [{"x": x}], outputs={"y": y}, timeout_s=WAIT_S)
+        assert_same_bits(streamed["y"], found)
+        small = memory.empty((1, CLASSES), np.float32)
+        with pytest.raises(aqt_client.InvalidRequest, match="give it a larger one"):
+            client.infer(MODEL, {"x": x}, outputs={"y": small})
+        with pytest.raises(ValueError, match="ask for more"):
+            memory.empty((PAGE,), np.uint8)
+        with pytest.raises(ValueError, match="send it in the message"):
+            memory.put(["text"])
+    with (
+        aqt_client.Client(server.address) as client,
+        pytest.raises(aqt_client.NotFound, match="no shared memory region"),
+    ):
+        client.infer(MODEL, {"x": x})
+    assert_same_bits(y.array[:5], found)  # the memory is there while its arrays are
+
+
+def test_our_asyncio_client_does_too(server, repository):
+    async def ask():
+        async with (
+            aqt_client.AsyncClient(server.address) as client,
+            client.shared_memory(PAGE) as memory,
+        ):
+            x, y = memory.put(X), memory.empty((5, CLASSES), np.float32)
+            return await client.infer(MODEL, {"x": x}, outputs={"y": y})
+
+    assert_same_bits(asyncio.run(ask())["y"], reference(repository / MODEL / "1", X))

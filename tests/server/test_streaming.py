@@ -6,11 +6,13 @@ import queue
 import threading
 
 import grpc
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tritonclient.grpc as stock
 import tritonclient.grpc.aio as stock_aio
 
+import aqt_client
 from aqt_protos import open_inference_pb2_grpc as pb_grpc
 from aqt_server.streaming import IN_FLIGHT, answer_in_order
 from bundles import reference
@@ -37,6 +39,15 @@ def test_responses_come_in_the_order_of_requests_with_the_bits_of_training(stub,
         assert response.infer_response.parameters["aqt_exact"].bool_param
         assert response.infer_response.parameters["triton_final_response"].bool_param
         check(response.infer_response, x, repository)
+
+
+def test_our_client_streams_what_jax_computed(server, repository):
+    xs = [x_of(1 + seed % 10, seed) for seed in range(20)]
+    with aqt_client.Client(server.address) as client:
+        answers = client.stream(MODEL, ({"x": jnp.asarray(x)} for x in xs), timeout_s=WAIT_S)
+        for answer, x in zip(answers, xs, strict=True):
+            assert answer.exact
+            assert_same_bits(answer["y"], reference(repository / MODEL / "1", x))
 
 
 def test_a_wrong_request_gets_its_error_and_the_stream_lives_on(stub, repository):

@@ -23,6 +23,8 @@ from aqt_client._results import ModelMetadata as ModelMetadata
 from aqt_client._results import ModelState as ModelState
 from aqt_client._results import ServerMetadata as ServerMetadata
 from aqt_client._results import TensorMetadata as TensorMetadata
+from aqt_client._shared_memory import Region as Region
+from aqt_client._shared_memory import SharedTensor as SharedTensor
 from aqt_client._sync import Client as Client
 
 __all__ = [
@@ -38,9 +40,11 @@ __all__ = [
     "ModelState",
     "NotFound",
     "Overloaded",
+    "Region",
     "RetryPolicy",
     "ServerError",
     "ServerMetadata",
+    "SharedTensor",
     "TensorMetadata",
     "Unavailable",
 ]

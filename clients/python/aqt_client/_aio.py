@@ -1,19 +1,22 @@
 """The asyncio client: the blocking one's methods, awaited."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
 from types import TracebackType
 from typing import Self, TypeVar
 
 import grpc
 import tenacity
 from grpc import aio
-from numpy.typing import ArrayLike
 
 from aqt_client import _codec
 from aqt_client._calls import Deadline, RetryPolicy, retry_arguments
+from aqt_client._codec import Inputs, Outputs
 from aqt_client._connection import Address, Token, channel_arguments, metadata
+from aqt_client._errors import ClientError, from_rpc
 from aqt_client._results import InferResult, ModelMetadata, ModelState, ServerMetadata
+from aqt_client._shared_memory import Region
 from aqt_protos import open_inference_pb2 as pb
 from aqt_protos import open_inference_pb2_grpc as pb_grpc
 
@@ -47,6 +50,7 @@ class AsyncClient:
         self._timeout_s = timeout_s
         self._retry = retry
         self._token = token
+        self._address = address
         target, options = channel_arguments(address)
         self._channel = (
             aio.insecure_channel(target, options=options)
@@ -111,10 +115,10 @@ class AsyncClient:
     async def infer(
         self,
         model: str,
-        inputs: Mapping[str, ArrayLike],
+        inputs: Inputs,
         *,
         version: str = "",
-        outputs: Sequence[str] | None = None,
+        outputs: Outputs | None = None,
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> InferResult:
@@ -122,7 +126,60 @@ class AsyncClient:
         request = _codec.infer_request(
             model, inputs, version=version, outputs=outputs, request_id=request_id
         )
-        return _codec.infer_result(await self._call(self._stub.ModelInfer, request, timeout_s))
+        response = await self._call(self._stub.ModelInfer, request, timeout_s)
+        return _codec.infer_result(response, outputs)
+
+    async def stream(
+        self,
+        model: str,
+        inputs: Iterable[Inputs] | AsyncIterable[Inputs],
+        *,
+        version: str = "",
+        outputs: Outputs | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[InferResult | ClientError]:
+        """The answers to all of `inputs`, in their order; all as in `Client.stream`.
+
+        Who leaves the loop early closes the generator, as by `contextlib.aclosing`, and so cancels
+        the rest.
+        """
+        timeout_s = None if timeout_s is None else Deadline(timeout_s).remaining_s()
+        failed: list[Exception] = []
+
+        async def requests() -> AsyncIterator[pb.ModelInferRequest]:
+            try:
+                async for one in _awaited(inputs):
+                    yield _codec.infer_request(model, one, version=version, outputs=outputs)
+            except Exception as error:  # gRPC would log it, and fail with another
+                failed.append(error)
+
+        call = self._stub.ModelStreamInfer(
+            requests(), timeout=timeout_s, metadata=metadata(self._token)
+        )
+        try:
+            async for answer in call:
+                yield _codec.stream_answer(answer, outputs)
+        except grpc.RpcError as error:
+            raise from_rpc(error, timeout_s=timeout_s) from error
+        finally:
+            call.cancel()
+        if failed:
+            raise failed[0]
+
+    @contextlib.asynccontextmanager
+    async def shared_memory(self, nbytes: int) -> AsyncGenerator[Region]:
+        """Shared memory that the server knows until the block ends; as `Client.shared_memory`."""
+        region = Region(nbytes, self._address)
+        try:
+            await self._call(self._stub.SystemSharedMemoryRegister, _codec.register(region))
+        finally:
+            region.unlink()
+        try:
+            yield region
+        finally:
+            with contextlib.suppress(ClientError):
+                name = pb.SystemSharedMemoryUnregisterRequest(name=region.name)
+                await self._call(self._stub.SystemSharedMemoryUnregister, name)
 
     async def _call(
         self,
@@ -141,3 +198,12 @@ class AsyncClient:
                 raise deadline.error(error) from error
 
         return await tenacity.AsyncRetrying(**retry_arguments(self._retry, deadline))(attempt)
+
+
+async def _awaited(inputs: Iterable[Inputs] | AsyncIterable[Inputs]) -> AsyncIterator[Inputs]:
+    if isinstance(inputs, AsyncIterable):
+        async for one in inputs:
+            yield one
+    else:
+        for one in inputs:
+            yield one

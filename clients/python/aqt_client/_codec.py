@@ -1,13 +1,13 @@
 """Arguments to request messages, and response messages to results."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 
 import grpc
 import numpy as np
 from numpy.typing import ArrayLike
 
 from aqt_client._calls import MAX_MESSAGE_NBYTES
-from aqt_client._errors import ServerError
+from aqt_client._errors import ClientError, ServerError, from_answer
 from aqt_client._results import (
     InferResult,
     ModelMetadata,
@@ -15,19 +15,23 @@ from aqt_client._results import (
     ServerMetadata,
     TensorMetadata,
 )
+from aqt_client._shared_memory import Region, SharedTensor
 from aqt_protos import open_inference_pb2 as pb
 from aqt_protos import tensors
+
+Inputs = Mapping[str, ArrayLike | SharedTensor]
+Outputs = Sequence[str] | Mapping[str, SharedTensor | None]
 
 
 def infer_request(
     model: str,
-    inputs: Mapping[str, ArrayLike],
+    inputs: Inputs,
     *,
     version: str,
-    outputs: Sequence[str] | None,
-    request_id: str,
+    outputs: Outputs | None,
+    request_id: str = "",
 ) -> pb.ModelInferRequest:
-    """The request for `inputs`, as raw contents.
+    """The request for `inputs`, as raw contents, or by where they are in shared memory.
 
     Raises:
       ValueError: an input cannot be sent as any datatype of the protocol, or all together are too
@@ -35,6 +39,11 @@ def infer_request(
     """
     request = pb.ModelInferRequest(model_name=model, model_version=version, id=request_id)
     for name, value in inputs.items():
+        if isinstance(value, SharedTensor):
+            datatype = tensors.datatype_of(value.array.dtype)
+            tensor = request.inputs.add(name=name, datatype=datatype.name, shape=value.array.shape)
+            _place(tensor.parameters, value)
+            continue
         try:
             array = np.asarray(value)
             datatype = tensors.datatype_of(array.dtype)
@@ -44,7 +53,9 @@ def infer_request(
         request.inputs.add(name=name, datatype=datatype.name, shape=array.shape)
         request.raw_input_contents.append(raw)
     for name in outputs or ():
-        request.outputs.add(name=name)
+        wanted = request.outputs.add(name=name)
+        if (place := _places(outputs).get(name)) is not None:
+            _place(wanted.parameters, place)
     # gRPC would refuse it too, but only after it is serialized, and without saying what to do.
     if request.ByteSize() > MAX_MESSAGE_NBYTES:
         raise ValueError(
@@ -54,8 +65,8 @@ def infer_request(
     return request
 
 
-def infer_result(response: pb.ModelInferResponse) -> InferResult:
-    """The result that a response stands for, from raw or typed contents.
+def infer_result(response: pb.ModelInferResponse, outputs: Outputs | None) -> InferResult:
+    """The result that a response stands for, from raw or typed contents, or from shared memory.
 
     Raises:
       ServerError: the response breaks the protocol.
@@ -63,16 +74,20 @@ def infer_result(response: pb.ModelInferResponse) -> InferResult:
     raw = response.raw_output_contents
     if raw and len(raw) != len(response.outputs):
         raise _broken(f"it has {len(response.outputs)} outputs and raw contents for {len(raw)}")
+    places = _places(outputs)
     arrays: dict[str, tensors.Array] = {}
     for index, output in enumerate(response.outputs):
         try:
             datatype = tensors.datatype(output.datatype)
+            if "shared_memory_region" in output.parameters:
+                arrays[output.name] = places[output.name].read(datatype, output.shape)
+                continue
             arrays[output.name] = (
                 tensors.from_raw(raw[index], datatype, output.shape)
                 if raw
                 else tensors.from_contents(output.contents, datatype, output.shape)
             )
-        except ValueError as error:
+        except (ValueError, KeyError) as error:
             raise _broken(f"output {output.name!r}: {error}") from error
     return InferResult(
         outputs=arrays,
@@ -84,6 +99,23 @@ def infer_result(response: pb.ModelInferResponse) -> InferResult:
             for name, parameter in response.parameters.items()
             if (choice := parameter.WhichOneof("parameter_choice"))
         },
+    )
+
+
+def stream_answer(
+    response: pb.ModelStreamInferResponse, outputs: Outputs | None
+) -> InferResult | ClientError:
+    """The result or the error that an answer of a stream stands for."""
+    if not response.error_message:
+        return infer_result(response.infer_response, outputs)
+    status = response.infer_response.parameters.get("aqt_status", pb.InferParameter())
+    return from_answer(response.error_message, status.string_param)
+
+
+def register(region: Region) -> pb.SystemSharedMemoryRegisterRequest:
+    """The request that lets the server into `region`."""
+    return pb.SystemSharedMemoryRegisterRequest(
+        name=region.name, key=region.key, offset=0, byte_size=region.nbytes
     )
 
 
@@ -116,6 +148,18 @@ def model_states(response: pb.RepositoryIndexResponse, name: str) -> tuple[Model
 
 def _tensor_metadata(tensor: pb.ModelMetadataResponse.TensorMetadata) -> TensorMetadata:
     return TensorMetadata(name=tensor.name, datatype=tensor.datatype, shape=tuple(tensor.shape))
+
+
+def _places(outputs: Outputs | None) -> Mapping[str, SharedTensor]:
+    if not isinstance(outputs, Mapping):
+        return {}
+    return {name: place for name, place in outputs.items() if place is not None}
+
+
+def _place(parameters: MutableMapping[str, pb.InferParameter], tensor: SharedTensor) -> None:
+    parameters["shared_memory_region"].string_param = tensor.region
+    parameters["shared_memory_offset"].int64_param = tensor.offset
+    parameters["shared_memory_byte_size"].int64_param = tensor.array.nbytes
 
 
 def _broken(reason: str) -> ServerError:

@@ -84,17 +84,23 @@ _BY_CODE: dict[grpc.StatusCode, type[ClientError]] = {
 }
 
 
-def from_rpc(error: grpc.RpcError, *, timeout_s: float) -> ClientError:
+def from_rpc(error: grpc.RpcError, *, timeout_s: float | None) -> ClientError:
     """The error of the tree that stands for what gRPC raised in a call with `timeout_s`."""
     call = cast(grpc.Call, error)  # what a failed call raises is a Call too
     code = call.code()
     message = call.details() or f"the server gave no reason for {code.name}"
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and timeout_s is not None:
         message = f"no answer within {timeout_s:g} s: {message}"
     # gRPC gives it the code of an overloaded server; only the text tells that to repeat is vain.
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "message larger than max" in message:
         return MessageTooLarge(message, code=code)
     return _BY_CODE.get(code, ServerError)(message, code=code, retry_s=_retry_s(call))
+
+
+def from_answer(message: str, status: object) -> ClientError:
+    """The error that stands for an answer of a stream that says `message`, and its gRPC status."""
+    code = grpc.StatusCode.__members__.get(str(status), grpc.StatusCode.UNKNOWN)
+    return _BY_CODE.get(code, ServerError)(message, code=code)
 
 
 def _retry_s(call: grpc.Call) -> float:

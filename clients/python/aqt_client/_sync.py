@@ -1,18 +1,20 @@
 """The blocking client."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Generator, Iterable, Iterator
 from types import TracebackType
 from typing import Self, TypeVar
 
 import grpc
 import tenacity
-from numpy.typing import ArrayLike
 
 from aqt_client import _codec
 from aqt_client._calls import Deadline, RetryPolicy, retry_arguments
+from aqt_client._codec import Inputs, Outputs
 from aqt_client._connection import Address, Token, channel_arguments, metadata
-from aqt_client._errors import ClientError
+from aqt_client._errors import ClientError, from_rpc
 from aqt_client._results import InferResult, ModelMetadata, ModelState, ServerMetadata
+from aqt_client._shared_memory import Region
 from aqt_protos import open_inference_pb2 as pb
 from aqt_protos import open_inference_pb2_grpc as pb_grpc
 
@@ -50,6 +52,7 @@ class Client:
         self._retry = retry
         self._closed = False
         self._token = token
+        self._address = address
         target, options = channel_arguments(address)
         self._channel = (
             grpc.insecure_channel(target, options=options)
@@ -116,18 +119,20 @@ class Client:
     def infer(
         self,
         model: str,
-        inputs: Mapping[str, ArrayLike],
+        inputs: Inputs,
         *,
         version: str = "",
-        outputs: Sequence[str] | None = None,
+        outputs: Outputs | None = None,
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> InferResult:
         """The model's answer to `inputs`, which are arrays by name, the batch dimension first.
 
-        Arrays of str, bytes or object go as BYTES. `outputs` names those that are wanted, None
-        wants all. `timeout_s` replaces the client's for this call. Where the server is
-        unavailable or overloaded the request is sent again, within the same time.
+        Arrays are NumPy's, JAX's, or what NumPy makes one of; those of str, bytes or object go as
+        BYTES. `outputs` names those that are wanted, None wants all; a mapping says too to which
+        places in shared memory they go, None to none. `timeout_s` replaces the client's for this
+        call. Where the server is unavailable or overloaded the request is sent again, within the
+        same time.
 
         Raises:
           ValueError: an input cannot be sent; nothing was.
@@ -137,7 +142,88 @@ class Client:
         request = _codec.infer_request(
             model, inputs, version=version, outputs=outputs, request_id=request_id
         )
-        return _codec.infer_result(self._call(self._stub.ModelInfer, request, timeout_s))
+        return _codec.infer_result(self._call(self._stub.ModelInfer, request, timeout_s), outputs)
+
+    def stream(
+        self,
+        model: str,
+        inputs: Iterable[Inputs],
+        *,
+        version: str = "",
+        outputs: Outputs | None = None,
+        timeout_s: float | None = None,
+    ) -> Iterator[InferResult | ClientError]:
+        """The answers to all of `inputs`, in their order, over one stream.
+
+        Requests are sent while answers are read, in a thread, no faster than the server takes them;
+        it computes many at the same time. One that fails has its error in the place of its result,
+        and ends no other. Who leaves the loop cancels the rest. Nothing is sent again, and without
+        `timeout_s` there is no end to the stream's time.
+
+        Raises:
+          ClientError: the stream itself failed.
+          ValueError: an input cannot be sent; it and whatever else `inputs` raises comes after the
+            answers to those before.
+        """
+        timeout_s = None if timeout_s is None else Deadline(timeout_s).remaining_s()
+        failed: list[Exception] = []
+
+        def requests() -> Iterator[pb.ModelInferRequest]:
+            try:
+                for one in inputs:
+                    yield _codec.infer_request(model, one, version=version, outputs=outputs)
+            except Exception as error:  # gRPC would log it, and fail with another
+                failed.append(error)
+
+        call = self._stub.ModelStreamInfer(
+            requests(), timeout=timeout_s, metadata=metadata(self._token)
+        )
+        try:
+            for answer in call:
+                yield _codec.stream_answer(answer, outputs)
+        except grpc.RpcError as error:
+            raise self._was_closed() or from_rpc(error, timeout_s=timeout_s) from error
+        finally:
+            call.cancel()
+        if failed:
+            raise failed[0]
+
+    @contextlib.contextmanager
+    def shared_memory(self, nbytes: int) -> Generator[Region]:
+        """Shared memory of `nbytes` bytes that the server knows until the block ends.
+
+            with client.shared_memory(2**20) as memory:
+                image = memory.put(images)
+                logits = memory.empty((32, 10), np.float32)
+                result = client.infer("digits", {"image": image}, outputs={"logits": logits})
+
+        For a server on this machine that runs as this user. One that restarts forgets it, which
+        calls are told as NotFound.
+
+        Raises:
+          ValueError: the client has several addresses, and one server would know it.
+          OSError: the system has not so much shared memory.
+          ClientError: the server has none, or cannot open it.
+        """
+        region = Region(nbytes, self._address)
+        try:
+            self._call(self._stub.SystemSharedMemoryRegister, _codec.register(region))
+        finally:
+            region.unlink()
+        try:
+            yield region
+        finally:
+            # A server that is gone, or does not answer, has forgotten it or will.
+            with contextlib.suppress(ClientError):
+                name = pb.SystemSharedMemoryUnregisterRequest(name=region.name)
+                self._call(self._stub.SystemSharedMemoryUnregister, name)
+
+    def _was_closed(self) -> ClientError | None:
+        if not self._closed:
+            return None
+        return ClientError(
+            "the client was closed while the call ran", code=grpc.StatusCode.CANCELLED
+        )
 
     def _call(
         self,
@@ -153,10 +239,6 @@ class Client:
                     request, timeout=deadline.remaining_s(), metadata=metadata(self._token)
                 )
             except grpc.RpcError as error:
-                if self._closed:
-                    raise ClientError(
-                        "the client was closed while the call ran", code=grpc.StatusCode.CANCELLED
-                    ) from error
-                raise deadline.error(error) from error
+                raise self._was_closed() or deadline.error(error) from error
 
         return tenacity.Retrying(**retry_arguments(self._retry, deadline))(attempt)
