@@ -47,6 +47,22 @@ def load_tree(path: Path, keep: Keep = as_it_is) -> Any:
     return _restored(path, _trained, keep)
 
 
+def unboxed(saved: Any, like: Any) -> Any:
+    """`saved` with an array wherever `like` has one and a box of metadata was saved around it.
+
+    Orbax saves a box, as `nn.with_partitioning` makes it, as `{"value": array}`, and nothing in the
+    checkpoint says that it was one. `like` is what the model makes, with boxes or without, as
+    `jax.eval_shape(model.init, ...)` gives it.
+    """
+    if not isinstance(saved, Mapping):
+        return saved
+    tree = cast(Mapping[str, Any], saved)
+    if isinstance(like, Mapping):
+        known = cast(Mapping[str, Any], like)
+        return {name: unboxed(value, known.get(name)) for name, value in tree.items()}
+    return tree["value"] if like is not None and list(tree) == ["value"] else saved
+
+
 def _trained(tree: Any) -> Any:
     return tree["params"] if isinstance(tree, Mapping) and "opt_state" in tree else tree
 

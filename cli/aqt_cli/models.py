@@ -5,7 +5,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
@@ -67,13 +67,19 @@ def load_model(
             return orbax.load_tree(path, keep)
         return pretrained.load(path, _table(reference))
 
+    def initial(module: nn.Module, example: Mapping[str, Any]) -> Any:
+        init = functools.partial(module.init, **dict(example))
+        return jax.eval_shape(init, jax.random.key(0))
+
     def load_variables(path: Path, module: nn.Module) -> Any:
         if not pretrained.is_safetensors(path):
-            return orbax.load_variables(path, keep)
+            variables = orbax.load_variables(path, keep)
+            if example is None or not _may_have_boxes(variables):
+                return variables
+            return orbax.unboxed(variables, initial(module, example))
         expected: Any = None
         if example is not None:
-            init = functools.partial(module.init, **dict(example))
-            made = jax.eval_shape(init, jax.random.key(0))
+            made = initial(module, example)
             # What conversion and calibration make is in no file.
             expected = {k: nn.meta.unbox(made[k]) for k in made if not k.startswith("aqt")}
         if (table := _table(reference)) is not None:
@@ -115,6 +121,14 @@ def load_model(
 def _table(reference: str) -> "Sequence[TensorRule] | None":
     """The table in the module of the model, which was imported for it."""
     return getattr(sys.modules[reference.partition(":")[0]], _TABLE, None)
+
+
+def _may_have_boxes(tree: Any) -> bool:
+    """Whether there is what Orbax saves of a box of metadata, which a parameter may be too."""
+    if not isinstance(tree, Mapping):
+        return False
+    branches = cast(Mapping[str, Any], tree)
+    return list(branches) == ["value"] or any(map(_may_have_boxes, branches.values()))
 
 
 def _parameters(named: Callable[..., Any]) -> tuple[int, int, bool]:
