@@ -25,19 +25,24 @@ def shared_cache() -> str:
     return os.environ[_INHERITED]
 
 
+def compile_in_haste(haste: bool) -> None:
+    """Has XLA optimize little from now on, or as much as it does for everybody.
+
+    What was compiled so far is thrown away where that changes: the two may differ in a bit.
+    """
+    if jax.config.read("jax_disable_most_optimizations") != haste:
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", haste)
+
+
 @contextlib.contextmanager
 def in_haste() -> Iterator[None]:
-    """Has XLA optimize little, where programs run so short that compiling well costs more.
-
-    What was compiled before or so is thrown away: the two may differ in a bit.
-    """
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Compiles in haste for as long as it is entered."""
+    compile_in_haste(True)
     try:
         yield
     finally:
-        jax.config.update("jax_disable_most_optimizations", False)
-        jax.clear_caches()
+        compile_in_haste(False)
 
 
 def for_children() -> dict[str, str]:

@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 
 from aqt_server.compiled import keep_in
-from compiled import in_haste, shared_cache
+from compiled import compile_in_haste, shared_cache
 
 ENGINE = Path(__file__).parent / "engine"
 SLOW_AS_A_WHOLE = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.slow\b", re.MULTILINE)
@@ -20,13 +20,6 @@ keep_in(Path(shared_cache()))
 hypothesis.settings.register_profile("default", deadline=None, max_examples=30)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
-
-
-@pytest.fixture(scope="class")
-def compiled_in_haste():
-    """For tests that compile much and whose claim is not one of optimized programs."""
-    with in_haste():
-        yield
 
 
 def pytest_addoption(parser):
@@ -45,5 +38,17 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if item.get_closest_marker("long")]
         items[:] = [item for item in items if not item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=left_out)
-    # Last what sets up little: two workers share out the end, and neither does a setup again.
-    items.sort(key=lambda item: ENGINE in item.path.parents)
+    # Last what sets up little: two workers share out the end, and neither does a setup again. Those
+    # that are compiled in haste together, since what was compiled otherwise is not kept.
+    items.sort(key=lambda item: (ENGINE in item.path.parents, _in_haste(item)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    # Before its fixtures, which compile as well.
+    compile_in_haste(_in_haste(item))
+
+
+def _in_haste(item):
+    """Whether a test says so; with --long there is time to compile as for everybody."""
+    return not item.config.getoption("long") and item.get_closest_marker("in_haste") is not None

@@ -12,7 +12,7 @@ from benchmarks import gpu
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.usefixtures("compiled_in_haste")
+@pytest.mark.in_haste
 def test_it_runs_on_any_device(tmp_path, capsys):
     path = tmp_path / "gpu.json"
     tables = ["--tables", "contractions", "models"]

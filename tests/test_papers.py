@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 EXPERIMENTS = ("pareto", "binary", "native_4bit", "int8_backward")
 
 
-@pytest.mark.usefixtures("compiled_in_haste")
+@pytest.mark.in_haste
 @pytest.mark.parametrize(
     "name",
     [
@@ -41,7 +41,7 @@ def test_experiment_prints_a_table_and_writes_numbers_and_a_plot(name, tmp_path,
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.usefixtures("compiled_in_haste")
+@pytest.mark.in_haste
 def test_training_benchmark_gives_ratios_to_the_float_step(tmp_path, capsys, monkeypatch):
     chosen = ("float", "config_v4(): int8, drhs float", "config_fwd_fp8()")
     configurations = {name: training_benchmark.CONFIGURATIONS[name] for name in chosen}

@@ -24,6 +24,8 @@ from engine.contractions import (
     values,
 )
 
+pytestmark = pytest.mark.in_haste
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the oracle's own, on today's JAX
     import aqt.jax.v2.config as aqtp_config

@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     import aqt.jax.v2.calibration as aqtp_calibration
     import aqt.jax.v2.config as aqtp_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_haste]
 
 CASES = 160  # of each pair
 MATMUL = ((5, 12), (12, 7), (((1,), (0,)), ((), ())))

@@ -41,7 +41,7 @@ with warnings.catch_warnings():
     import aqt.jax.v2.stochastic_rounding as aqtp_noise
     import aqt.jax.v2.tiled_dot_general as aqtp_tiled
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_haste]
 WIDE, NARROW = 32, 16  # configurations of float32, and of 16 bits
 SHORT_WIDE, SHORT_NARROW = 14, 5  # those of them that are not for the long form alone
 CASES = 200  # of each

@@ -24,7 +24,7 @@ from aqt_engine.flax.overriding import overridden
 from aqt_engine.rules import Rule, Rules
 from engine.contractions import assert_same_bits
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_haste]
 
 INT8 = config.fully_quantized()
 RNG = np.random.default_rng(0)

@@ -12,7 +12,7 @@ from aqt_engine.calibration import AbsMaxCalibration, ConstantCalibration, MinMa
 from aqt_engine.config import DotGeneral, DotGeneralRaw
 from engine.contractions import assert_same_bits
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_haste]
 
 BATCHED = (((2,), (1,)), ((0,), (2,)))
 PAIRS = [

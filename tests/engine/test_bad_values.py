@@ -19,6 +19,8 @@ from aqt_engine.ops import (
 )
 from engine.contractions import compiled, value_and_gradients
 
+pytestmark = pytest.mark.in_haste
+
 INT8 = config.config_v4(8, 8, 8, use_stochastic_rounding=False)
 MATMUL = (((1,), (0,)), ((), ()))
 # Each takes (rows, 4) to (rows, 3); the second operand is made of (4, 3).

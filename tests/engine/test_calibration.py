@@ -23,6 +23,8 @@ from aqt_engine.calibration import (
 from aqt_engine.numerics import Uniform
 from engine.contractions import assert_same_bits
 
+pytestmark = pytest.mark.in_haste
+
 INT8 = config.int_numerics(8)
 INT4 = config.int_numerics(4)
 ALL = [

@@ -9,6 +9,8 @@ from aqt_engine import config
 from aqt_engine.calibration import AbsMaxCalibration, ConstantCalibration
 from aqt_engine.numerics import Centered, FloatNumerics, IntNumerics, Uniform
 
+pytestmark = pytest.mark.in_haste
+
 V4 = config.config_v4()
 
 

@@ -18,7 +18,7 @@ from aqt_engine.ops.conv import quantize_rhs
 from aqt_engine.ops.windows import ConvAxes
 from engine.contractions import assert_same_bits
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_haste]
 
 INT8 = config.config_v4(8, None, None)
 NHWC = ("NHWC", "HWIO", "NHWC")

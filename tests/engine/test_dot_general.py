@@ -18,6 +18,8 @@ from aqt_engine.numerics import Uniform
 from aqt_engine.qtensor import Scale
 from engine.contractions import assert_same_bits, contractions
 
+pytestmark = pytest.mark.in_haste
+
 MATMUL = (((1,), (0,)), ((), ()))
 INT8 = config.config_v4(8, None, None)
 

@@ -17,6 +17,8 @@ from engine.contractions import (
     values,
 )
 
+pytestmark = pytest.mark.in_haste
+
 INT8 = config.config_v4(8, None, None)
 SHARED = config.update(INT8, "d*.rhs", use_fwd_quant=True)
 QUANTIZED = config.fully_quantized(8, 8, use_stochastic_rounding=False)

@@ -13,6 +13,8 @@ from aqt_engine.numerics import FloatNumerics, Fp8Numerics
 from aqt_engine.ops.dot_general import quantize_rhs
 from engine.contractions import assert_same_bits, compiled, value_and_gradients
 
+pytestmark = pytest.mark.in_haste
+
 MATMUL = (((1,), (0,)), ((), ()))
 
 

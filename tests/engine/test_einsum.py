@@ -12,6 +12,8 @@ import pytest
 from aqt_engine import DotGeneral, config, einsum
 from engine.contractions import assert_same_bits, value_and_gradients
 
+pytestmark = pytest.mark.in_haste
+
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="config")
 def compiled(equation, a, b, config):

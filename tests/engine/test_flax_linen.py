@@ -28,7 +28,7 @@ from engine.linen_modes import (
     with_weights,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_haste]
 
 RIGHT = [
     Dense,

@@ -25,7 +25,7 @@ from engine.linen_modes import (
     stored_leaves,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_haste]
 
 
 class Residual(nn.Module):

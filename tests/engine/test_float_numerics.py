@@ -22,7 +22,7 @@ with warnings.catch_warnings():
     from aqt.jax.v2 import utils as aqtp_utils
     from aqt.jax.v2.numerics import fp8_numerics, fp_numerics
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_haste]
 
 
 SIZE = 2**16  # of every array that is rounded: one shape is one compilation

@@ -20,6 +20,8 @@ from aqt_engine.rules import Rule, Rules
 from aqt_engine.statistics import MeanOfAbsMaxCalibration
 from engine.contractions import assert_same_bits
 
+pytestmark = pytest.mark.in_haste
+
 INT8 = config.fully_quantized()
 ASYMMETRIC = config.update(INT8, "fwd.rhs", calibration=MinMaxCalibration())
 MATMUL = (((1,), (0,)), ((), ()))

@@ -16,6 +16,8 @@ from aqt_engine.rules import Rule, RuleError, Rules
 from aqt_engine.statistics import MeanOfAbsMaxCalibration
 from engine.contractions import assert_same_bits
 
+pytestmark = pytest.mark.in_haste
+
 INT8 = config.fully_quantized(use_stochastic_rounding=False)
 INT4 = config.config_v4(fwd_bits=4, use_stochastic_rounding=False)
 NOISY = config.fully_quantized()

@@ -24,7 +24,7 @@ from aqt_engine.rules import Rule, Rules
 from engine.contractions import assert_same_bits
 from engine.linen_modes import stored_leaves
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_haste]
 
 TRAIN, CONVERT = QuantMode.TRAIN, QuantMode.CONVERT
 

@@ -56,14 +56,14 @@ def stored(factory, variables, x):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compiled_in_haste")
+@pytest.mark.in_haste
 def test_initializing_gives_the_parameters_of_the_model():
     fresh = init(quantize(Everything(), RULES)(TRAIN), TOKENS)
     jax.tree.map(assert_same_bits, fresh, init(Everything(), TOKENS))
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compiled_in_haste")
+@pytest.mark.in_haste
 def test_outputs_and_gradients_are_those_of_the_model_by_hand():
     def answer_and_gradient(module):
         def loss(variables):

@@ -33,7 +33,7 @@ with warnings.catch_warnings():
     import aqt.jax.v2.tiled_dot_general as aqtp_tiled
     import aqt.jax.v2.utils as aqtp_utils
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_haste]
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(4, 3, 6)).astype(np.float32)

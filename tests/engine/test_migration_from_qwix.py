@@ -26,7 +26,7 @@ from engine.contractions import assert_same_bits
 
 # The oracle's own, on today's Flax.
 VARIABLE_STATE = "ignore:'VariableState' was removed:DeprecationWarning"
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(VARIABLE_STATE)]
+pytestmark = [pytest.mark.slow, pytest.mark.in_haste, pytest.mark.filterwarnings(VARIABLE_STATE)]
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "migrating-from-qwix.md").read_text()
 X = np.random.default_rng(0).normal(size=(4, 5, 6)).astype(np.float32)

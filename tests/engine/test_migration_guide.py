@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     import aqt.jax.v2.flax.aqt_flax as aqtp_flax
     import aqt.jax.v2.utils as aqtp_utils
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_haste]
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "migrating-from-aqtp.md").read_text()
 MODULES = re.findall(r"^### (\S+)\n(.*?)(?=^##|\Z)", GUIDE, re.DOTALL | re.MULTILINE)

@@ -10,6 +10,8 @@ import pytest
 from aqt_engine.numerics import Centered, IntNumerics, Noise, Uniform
 from engine.contractions import assert_same_bits
 
+pytestmark = pytest.mark.in_haste
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the oracle's own, on today's JAX
     from aqt.jax.v2 import stochastic_rounding

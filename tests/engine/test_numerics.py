@@ -18,6 +18,8 @@ from aqt_engine.qtensor import Scale
 from aqt_engine.quantizer import Quantizer
 from engine.contractions import assert_same_bits
 
+pytestmark = pytest.mark.in_haste
+
 SHAPE = (6, 8)  # one for all cases: each operation is compiled once
 dtypes = pytest.mark.parametrize(
     "dtype",

@@ -17,7 +17,7 @@ from aqt_engine.rules import Rule, Rules
 from aqt_engine.statistics import MeanOfAbsMaxCalibration
 from engine.contractions import assert_same_bits
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_haste]
 
 TILE = 4
 DYNAMIC = config.DotGeneral(fwd=config.raw(config.int_tensor(8), config.int_tensor(8)))

@@ -18,7 +18,7 @@ from aqt_engine.flax import AqtDotGeneral, AqtEinsum
 from aqt_engine.numerics import IntNumerics
 from aqt_engine.statistics import MeanOfAbsMaxCalibration
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_haste]
 
 STATIC = config.update(
     config.config_v4(),

@@ -13,6 +13,8 @@ from aqt_engine import calibration, config, numerics
 from aqt_engine.flax import AqtDotGeneral
 from aqt_engine.quantizer import Quantizer
 
+pytestmark = pytest.mark.in_haste
+
 # Printed with eight digits, on another processor: the last ones are the float contraction's.
 CLOSE = dict(rtol=2e-6, atol=0)
 

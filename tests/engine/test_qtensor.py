@@ -13,6 +13,8 @@ from aqt_engine.calibration import MinMaxCalibration
 from aqt_engine.qtensor import dynamic_slice, dynamic_update_slice
 from engine.contractions import assert_same_bits
 
+pytestmark = pytest.mark.in_haste
+
 BATCH, LENGTH, HEADS, DEPTH = 2, 6, 3, 8
 INT8 = Quantizer(config.int_numerics(8))
 ASYMMETRIC = Quantizer(config.int_numerics(8), calibration=MinMaxCalibration())

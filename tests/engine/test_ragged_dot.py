@@ -16,6 +16,8 @@ from aqt_engine.ops import ragged_dot
 from aqt_engine.ops.ragged_dot import quantize_rhs
 from engine.contractions import assert_same_bits, compiled, value_and_gradients
 
+pytestmark = pytest.mark.in_haste
+
 MATMUL = (((1,), (0,)), ((), ()))
 # An empty group among them, and two rows beyond the last.
 SIZES = (3, 0, 5, 1)

@@ -20,6 +20,8 @@ from aqt_engine.schedule import Phase, Schedule, delayed
 from aqt_engine.statistics import DelayedScalingCalibration, WeightedStatsCalibration
 from engine.contractions import assert_same_bits
 
+pytestmark = pytest.mark.in_haste
+
 START, FREEZE, STEPS = 2, 4, 6
 STATISTICS = "aqt_statistics"
 

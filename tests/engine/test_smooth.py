@@ -14,7 +14,7 @@ from aqt_engine.ptq import Smoothing, smooth
 from aqt_engine.ptq.smooth import SmoothingError
 from engine.contractions import assert_same_bits
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.in_haste]
 
 INT8 = config.fully_quantized()
 RNG = np.random.default_rng(0)

@@ -20,6 +20,8 @@ from aqt_engine.statistics import (
 from engine.contractions import assert_same_bits
 from engine.linen_modes import stored_leaves
 
+pytestmark = pytest.mark.in_haste
+
 STATISTICS = "aqt_statistics"
 INT8 = config.int_numerics(8)
 

@@ -13,6 +13,8 @@ from aqt_engine.ops import TileCount, TileSize, Tiling, tiled_dot_general, tiled
 from aqt_engine.ops.tiled import quantize_lhs, quantize_rhs
 from engine.contractions import assert_same_bits, compiled, value_and_gradients
 
+pytestmark = pytest.mark.in_haste
+
 MATMUL = (((1,), (0,)), ((), ()))
 INT8 = config.config_v4(8, 8, 8, use_stochastic_rounding=False)
 # Scales that are powers of two: what is summed is not rounded before, however it is compiled.

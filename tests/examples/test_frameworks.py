@@ -45,7 +45,7 @@ def test_what_was_trained_is_served(classify, initial, tmp_path):
     assert (served.view(np.uint32) == expected["logits"].view(np.uint32)).all()
 
 
-@pytest.mark.usefixtures("compiled_in_haste")
+@pytest.mark.in_haste
 def test_a_killed_training_ends_with_the_bits_of_one_that_was_not(tmp_path):
     command = [sys.executable, "-m", "examples.frameworks.training", "--steps", str(STEPS)]
     # What the first has compiled, the second finds: they are to differ in when they end alone.
