@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if item.get_closest_marker("long")]
         items[:] = [item for item in items if not item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=left_out)
-    # Last what sets up little: two workers share out the end, and neither does a setup again. Those
+    # Last what sets up little: workers share out the end, and none does a setup again. Those
     # that are compiled in haste together, since what was compiled otherwise is not kept.
     items.sort(key=lambda item: (ENGINE in item.path.parents, _in_haste(item)))
 
