@@ -198,6 +198,12 @@ class LinenModel(Convertible):
 
         def watch(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
             if context.method_name == "store":
+                if (collection := context.module.quant_collection) in plain:
+                    raise ConversionError(
+                        f"the variables have a collection {collection!r} which is not what this "
+                        f"model stores there: give them without it, for what is served is made of "
+                        f"the parameters; `aqt_engine.migration.from_aqtp` reads what aqtp stored"
+                    )
                 name, by = context.module.stored_by(args[0])
                 quantized[name] = by
             return next_method(*args, **kwargs)

@@ -223,6 +223,14 @@ def test_a_version_is_never_overwritten(tmp_path):
         convert(Mlp, init(Mlp, {"x": X}), {"x": X}, tmp_path / "1")
 
 
+def test_a_collection_that_the_model_would_store_itself_is_refused(tmp_path):
+    """As `aqtp` stores it, and as Orbax restores any without a target."""
+    variables = Mlp(QuantMode.TRAIN).init(jax.random.key(0), X)
+    stored = {"Dense_0": {"AqtDotGeneral_0": {"qrhs": {"frozen": np.ones((6, 8), np.int8)}}}}
+    with pytest.raises(ConversionError, match=r"collection 'aqt'.*give them without it"):
+        convert(Mlp, {**variables, "aqt": stored}, {"x": X}, tmp_path / "m" / "1")
+
+
 def test_checkpoints_in_every_form(tmp_path):
     variables = init(Mlp, {"x": X})
     state = train_state.TrainState.create(
