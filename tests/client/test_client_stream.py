@@ -103,15 +103,17 @@ def test_who_leaves_cancels_the_rest(server, ask):
         # No more until the caller has gone: then nobody takes it.
         left.wait(BOUND_S)
 
-    with contextlib.closing(ask(server, inputs() if ask is blocking else slowly(left))) as answers:
+    with contextlib.closing(
+        ask(server, inputs() if ask is blocking else one_and_no_end())
+    ) as answers:
         next(answers)
     assert server.streams_ended.wait(BOUND_S)
     left.set()
 
 
-async def slowly(left):
+async def one_and_no_end():
     yield x_of(0)
-    await asyncio.to_thread(left.wait, BOUND_S)
+    await asyncio.Event().wait()
 
 
 def test_a_client_with_several_addresses_has_no_shared_memory(server):
