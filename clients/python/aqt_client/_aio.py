@@ -14,7 +14,7 @@ from aqt_client import _codec
 from aqt_client._calls import Deadline, RetryPolicy, retry_arguments
 from aqt_client._codec import Inputs, Outputs
 from aqt_client._connection import Address, Token, channel_arguments, metadata
-from aqt_client._errors import ClientError, from_rpc
+from aqt_client._errors import ClientError, Unavailable, from_rpc
 from aqt_client._results import InferResult, ModelMetadata, ModelState, ServerMetadata
 from aqt_client._shared_memory import Region
 from aqt_protos import open_inference_pb2 as pb
@@ -160,7 +160,14 @@ class AsyncClient:
             async for answer in call:
                 yield _codec.stream_answer(answer, outputs)
         except grpc.RpcError as error:
-            raise from_rpc(error, timeout_s=timeout_s) from error
+            found = from_rpc(error, timeout_s=timeout_s)
+            # What gRPC makes of a write that found the stream over, before it read the status.
+            if str(found) == "Internal error from Core":
+                found = Unavailable(
+                    "the server ended the stream while a request was sent",
+                    code=grpc.StatusCode.UNAVAILABLE,
+                )
+            raise found from error
         finally:
             call.cancel()
         if failed:
