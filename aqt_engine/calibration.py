@@ -62,7 +62,7 @@ class AbsMaxCalibration(Calibration):
 
     def bound(self, x: jax.Array, shared_axes: Sequence[int], numerics: Numerics) -> jax.Array:
         """max |x| over `shared_axes`, not clipped yet."""
-        return _one_for_zero(jnp.max(jnp.abs(x), axis=tuple(shared_axes), keepdims=True))
+        return _one_for_zero(largest_magnitude(x, shared_axes))
 
     def scale(self, x: jax.Array, shared_axes: Sequence[int], numerics: Numerics) -> jax.Array:
         """The bound times `clipping_scale`, over that of the numerics."""
@@ -241,6 +241,15 @@ class MinMaxCalibration(Calibration):
         return jax.lax.optimization_barrier(bias)
 
 
+def largest_magnitude(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """max |x| over `axes`, which are kept with size 1; infinity where there is a NaN.
+
+    XLA:CPU's maximum loses NaNs in vectors of some sizes, and either makes NaN of all that is
+    scaled with it.
+    """
+    return jnp.max(_infinite_for_nan(x, jnp.abs(x)), axis=tuple(axes), keepdims=True)
+
+
 def ceil_to_power_of_two(scale: jax.Array) -> jax.Array:
     """The smallest normal power of two that is not below `scale`, elementwise; NaN for NaN."""
     info = jnp.finfo(scale.dtype)
@@ -278,7 +287,7 @@ def _search(
             "a search over clipping scales cannot judge stochastic rounding, whose error changes "
             "from call to call: calibrate this side otherwise, or configure it without noise"
         )
-    absmax = _one_for_zero(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
+    absmax = _one_for_zero(largest_magnitude(x, axes))
     # The bounds that are compared differ by less than a bfloat16 can tell.
     absmax = absmax.astype(jnp.promote_types(x.dtype, jnp.float32))
     best, least = absmax, jnp.full(absmax.shape, worst, x.dtype)
@@ -327,8 +336,12 @@ def reciprocal(scale: jax.Array) -> jax.Array:
 def _range(x: jax.Array, shared_axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
     axes = tuple(shared_axes)
     low = jnp.minimum(jnp.min(x, axis=axes, keepdims=True), 0)
-    high = jnp.maximum(jnp.max(x, axis=axes, keepdims=True), 0)
+    high = jnp.maximum(jnp.max(_infinite_for_nan(x, x), axis=axes, keepdims=True), 0)
     return low, high
+
+
+def _infinite_for_nan(x: jax.Array, otherwise: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isnan(x), jnp.asarray(jnp.inf, x.dtype), otherwise)
 
 
 def _reduced(x: jax.Array, shared_axes: Sequence[int]) -> tuple[int, ...]:

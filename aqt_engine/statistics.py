@@ -13,7 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from aqt_engine.calibration import AbsMaxCalibration, Calibration
+from aqt_engine.calibration import AbsMaxCalibration, Calibration, largest_magnitude
 from aqt_engine.numerics import Numerics
 
 Statistics = Mapping[str, jax.Array]
@@ -92,7 +92,7 @@ class MeanOfAbsMaxCalibration(StatisticsCalibration):
         self, statistics: Statistics, x: jax.Array, shared_axes: Sequence[int]
     ) -> Statistics:
         """One more largest magnitude."""
-        absmax = jnp.max(jnp.abs(x), axis=tuple(shared_axes), keepdims=True)
+        absmax = largest_magnitude(x, shared_axes)
         return {
             "sum_of_max": statistics["sum_of_max"] + absmax.astype(statistics["sum_of_max"].dtype),
             "count": statistics["count"] + 1,
@@ -154,7 +154,7 @@ class WeightedStatsCalibration(StatisticsCalibration):
         counted = magnitude != 0 if self.filter_zeros else jnp.ones_like(magnitude, bool)
         number = jnp.maximum(jnp.sum(counted, axis=axes, keepdims=True), 1)
         now = {
-            "max": jnp.max(magnitude, axis=axes, keepdims=True),
+            "max": largest_magnitude(magnitude, axes),
             "l1": jnp.sum(magnitude, axis=axes, keepdims=True) / number,
             "lp": jnp.sum(magnitude**self.lp_order, axis=axes, keepdims=True) / number,
         }
@@ -205,7 +205,7 @@ class DelayedScalingCalibration(StatisticsCalibration):
         self, statistics: Statistics, x: jax.Array, shared_axes: Sequence[int]
     ) -> Statistics:
         """The history with this call's maximum in the place of the oldest; NaN is left out."""
-        absmax = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=tuple(shared_axes), keepdims=True)
+        absmax = largest_magnitude(x.astype(jnp.float32), shared_axes)
         absmax = jnp.where(jnp.isfinite(absmax), absmax, 0)
         history = jnp.roll(statistics["amax_history"], 1, axis=0).at[0].set(absmax)
         return {"amax_history": history, "count": statistics["count"] + 1}

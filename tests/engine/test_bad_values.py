@@ -1,5 +1,6 @@
 """What each op gives for values that are not finite, for zeros, and for operands of no values."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from aqt_engine import config
+from aqt_engine.calibration import AbsMaxCalibration, MinMaxCalibration, SnrCalibration
 from aqt_engine.ops import (
     TileCount,
     Tiling,
@@ -18,8 +20,6 @@ from aqt_engine.ops import (
     tiled_dot_general,
 )
 from engine.contractions import compiled, value_and_gradients
-
-pytestmark = pytest.mark.in_haste
 
 INT8 = config.config_v4(8, 8, 8, use_stochastic_rounding=False)
 MATMUL = (((1,), (0,)), ((), ()))
@@ -67,6 +67,24 @@ def test_what_is_not_finite_spoils_what_shares_its_scale_and_no_other(op, bad):
     found = np.asarray(op(lhs, with_value(rhs, (0, 2), bad)))
     assert np.isnan(found[:, 2]).all()
     np.testing.assert_array_equal(found[:, :2], expected[:, :2])
+
+
+CALIBRATIONS = [AbsMaxCalibration(), MinMaxCalibration(), SnrCalibration((0.9, 0.5))]
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS, ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("depth", [33, 253, 1024])
+def test_a_nan_makes_nan_of_its_row_wherever_it_stands(depth, calibration):
+    """XLA:CPU's own maximum of a long row is that of its other values."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(21, depth)).astype(np.float32)
+    x[np.arange(20), rng.integers(0, depth, 20)] = np.nan
+    w = rng.normal(size=(depth, 2)).astype(np.float32)
+    lhs = dataclasses.replace(INT8.fwd.lhs, calibration=calibration)
+    c = dataclasses.replace(INT8, fwd=dataclasses.replace(INT8.fwd, lhs=lhs))
+    found = np.asarray(jax.jit(lambda x: dot_general(x, w, MATMUL, config=c))(x))
+    assert np.isnan(found[:20]).all()
+    assert not np.isnan(found[20]).any()
 
 
 def test_zeros_give_zeros(op):
