@@ -7,19 +7,25 @@ requests come at drawn moments, so many times as fast as that whatever is answer
 same deadline. Both are counted over a time that begins when the load has been there for as long as
 the deadline, by what comes back in it. Goodput is what is answered before its deadline; the table
 has it as a share of the capacity that was measured right before. Every answer is compared with the
-training forward's. The processor time of server and client is told, as they share the machine.
+training forward's.
+
+The server gets one half of the processors, and the clients the other, as if they had machines of
+their own; with `--shared`, and where there is one processor only, both have all. The processor time
+of either is told.
 """
 
 import argparse
 import asyncio
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +189,24 @@ async def measure(
     ]
 
 
+@contextlib.contextmanager
+def on_processors(which: Sequence[int]) -> Iterator[None]:
+    """This thread, and what it starts, on these processors only, for as long as it is entered."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, which)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def halves(*, shared: bool) -> tuple[list[int], list[int]]:
+    """The processors of the server, and those of the clients."""
+    every = sorted(os.sched_getaffinity(0))
+    half = len(every) // 2
+    return (every, every) if shared or not half else (every[half:], every[:half])
+
+
 def _cores(process: psutil.Process) -> float:
     spent = process.cpu_times()
     return spent.user + spent.system
@@ -252,9 +276,13 @@ def _measured(model: str, arguments: argparse.Namespace) -> list[dict[str, Any]]
             return answer[output].tobytes() == expected[output].tobytes()
 
         found: list[dict[str, Any]] = []
+        of_server, of_clients = halves(shared=arguments.shared)
         for door in arguments.doors:
             contender = ours(repository, name, inputs, exact, fast=door == "fast-port")
-            with running(contender) as server:
+            with contextlib.ExitStack() as stack:
+                with on_processors(of_server):
+                    server = stack.enter_context(running(contender))
+                stack.enter_context(on_processors(of_clients))
                 rows = asyncio.run(
                     measure(
                         server.address,
@@ -277,6 +305,9 @@ def main() -> None:
         "--models", nargs="+", default=MODELS, help="numbers of layers, and names of the zoo"
     )
     parser.add_argument("--doors", nargs="+", default=DOORS, choices=DOORS)
+    parser.add_argument(
+        "--shared", action="store_true", help="all processors for the server and the clients"
+    )
     parser.add_argument("--seconds", type=float, default=4.0, help="of each load")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--deadline-s", type=float, default=0.5)
