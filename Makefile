@@ -84,13 +84,12 @@ bench-serving: .venv/installed  ## beside Triton, MLServer and kserve: docs/perf
 	$(BIN)/python -m benchmarks.serving --peers --seconds 1 --json out/bench/serving.json
 	$(BIN)/python -m benchmarks.overhead --json out/bench/overhead.json
 
-# What the fast tests compile, the slow ones do not compile again. Of these many wait for a server: three
-# at once keep two cores busy.
+# What the fast tests compile, the slow ones do not compile again.
 test: export AQT_TESTS_COMPILED := $(CURDIR)/out/compiled
 test:  ## all tests
 	$(MAKE) --jobs=2 .venv/installed out/deploy-venv/installed
 	$(MAKE) check deploy-test
-	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m slow
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 	rm -rf out/compiled
 
 differential: .venv/installed  ## all drawn comparisons with aqtp, of which `test` makes a part
