@@ -127,7 +127,7 @@ class FileDigest:
 class TileCost:
     """What a tile was measured to cost, in seconds: for a row alone, and for each row under load.
 
-    `cost` is the mean of the two that `aqt_engine.tiles` defines; the least is 1 or more.
+    `cost` is the one of the two that `aqt_engine.tiles` makes of them; the least is 1 or more.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT

@@ -11,16 +11,17 @@ from jax import export, lax
 
 from aqt_engine import graphs
 from aqt_engine.convertible import Serving
-from aqt_engine.kernels.substitution import substituted
+from aqt_engine.kernels.packing import Packing
+from aqt_engine.kernels.substitution import Substituted, substituted
 from aqt_engine.manifest import TileCost
 
 CANDIDATES = (2, 4, 8, 16, 32, 64)
 _LOAD_ROWS = 64
 _MEASURED_S = 0.2
-_MOST_RUNS = 50
+_LEAST_TURNS, _MOST_TURNS = 3, 50
 
-Timer = Callable[[Callable[[], None]], float]
-"""The seconds that a call takes; it may call more than once."""
+Timer = Callable[[Sequence[Callable[[], None]]], Sequence[float]]
+"""The seconds that each of some calls takes; it may call each more than once."""
 Measure = Callable[[Serving, Mapping[str, np.ndarray[Any, Any]]], Mapping[int, TileCost]]
 """What each tile costs for a serving forward, tried on inputs of some rows."""
 
@@ -36,24 +37,26 @@ def measured(
 
     A tile is paid twice: a request of one row computes a whole tile, which speaks for small ones;
     under load, 64 rows are computed as tiles one after the other, which speaks for large ones. The
-    cost is the geometric mean of the two times, each in multiples of the shortest that any
-    candidate has. So a tile that is twice as slow for a lone row must be more than twice as fast
-    per row under load to be chosen, and the unit of neither counts.
+    cost is the larger of the two times, each in multiples of the shortest that any candidate has:
+    what a tile takes longer at most, whether few ask or many.
     """
-    timer = timer or best_time
     forward = graphs.named(serving.forward)
-    weights = [leaf.value for leaf in serving.leaves]
-    seconds: dict[int, tuple[float, float]] = {}
-    for tile in candidates:
-        tiles = math.ceil(_LOAD_ROWS / tile)
-        alone = _runs(forward, weights, inputs, tile, 1)
-        loaded = _runs(forward, weights, inputs, tile, tiles)
-        seconds[tile] = timer(alone), timer(loaded) / (tiles * tile)
+    weights = _Weights([leaf.value for leaf in serving.leaves])
+    tiles = {tile: math.ceil(_LOAD_ROWS / tile) for tile in candidates}
+    took = (timer or best_times)(
+        [
+            _runs(forward, weights, inputs, tile, count)
+            for tile in candidates
+            for count in (1, tiles[tile])
+        ]
+    )
+    seconds = {
+        tile: (took[2 * i], took[2 * i + 1] / (tiles[tile] * tile))
+        for i, tile in enumerate(candidates)
+    }
     least = [min(of[i] for of in seconds.values()) for i in range(2)]
     return {
-        tile: TileCost(
-            one_row_s=one, per_row_s=each, cost=math.sqrt(one / least[0] * each / least[1])
-        )
+        tile: TileCost(one_row_s=one, per_row_s=each, cost=max(one / least[0], each / least[1]))
         for tile, (one, each) in seconds.items()
     }
 
@@ -63,20 +66,47 @@ def cheapest(costs: Mapping[int, TileCost]) -> int:
     return min(costs, key=lambda tile: (costs[tile].cost, tile))
 
 
-def best_time(run: Callable[[], None]) -> float:
-    """The shortest of many runs, in seconds, after one that does not count."""
-    run()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < _MEASURED_S and len(times) < _MOST_RUNS):
-        started = time.perf_counter()
+def best_times(runs: Sequence[Callable[[], None]]) -> Sequence[float]:
+    """The shortest of many calls of each, in seconds.
+
+    They take turns, so that what slows the machine down for a while slows all of them.
+    """
+    for run in runs:
         run()
-        times.append(time.perf_counter() - started)
-    return min(times)
+    best = [math.inf] * len(runs)
+    began = time.perf_counter()
+    for turn in range(_MOST_TURNS):
+        if turn >= _LEAST_TURNS and time.perf_counter() - began > _MEASURED_S * len(runs):
+            break
+        for i, run in enumerate(runs):
+            started = time.perf_counter()
+            run()
+            best[i] = min(best[i], time.perf_counter() - started)
+    return best
+
+
+class _Weights:
+    """Weights on the device, each once in every form in which graphs take it."""
+
+    def __init__(self, values: Sequence[jax.Array]):
+        self.values = values
+        self._placed: dict[tuple[int, Packing | None], jax.Array] = {}
+
+    def taken_by(self, served: Substituted) -> list[jax.Array]:
+        """As `served` takes them."""
+        return [self._as(index, served.packed.get(index)) for index in range(len(self.values))]
+
+    def _as(self, index: int, packing: Packing | None) -> jax.Array:
+        if (index, packing) not in self._placed:
+            value = self.values[index]
+            packed = packing(np.asarray(value)) if packing else value
+            self._placed[index, packing] = jax.device_put(packed)
+        return self._placed[index, packing]
 
 
 def _runs(
     forward: graphs.NamedForward,
-    weights: Sequence[jax.Array],
+    weights: _Weights,
     inputs: Mapping[str, np.ndarray[Any, Any]],
     tile: int,
     tiles: int,
@@ -86,8 +116,8 @@ def _runs(
         name: jax.ShapeDtypeStruct((tile, *array.shape[1:]), array.dtype)
         for name, array in inputs.items()
     }
-    graph = export.export(jax.jit(forward))(weights, structs)
-    served = substituted(graph, len(weights))
+    graph = export.export(jax.jit(forward))(weights.values, structs)
+    served = substituted(graph, len(weights.values))
 
     @jax.jit
     def mapped(weights: Sequence[jax.Array], batch: dict[str, jax.Array]) -> Any:
@@ -96,10 +126,7 @@ def _runs(
 
         return lax.map(at_tile, batch)
 
-    placed = [
-        jax.device_put(served.packed[i](np.asarray(w)) if i in served.packed else w)
-        for i, w in enumerate(weights)
-    ]
+    placed = weights.taken_by(served)
     batch = {
         name: jax.device_put(np.resize(array, (tiles, tile, *array.shape[1:])))
         for name, array in inputs.items()
