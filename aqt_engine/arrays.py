@@ -31,10 +31,17 @@ _PAGE = 2**12
 
 def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Zeros at an address that executables on a CPU read from; others they copy."""
-    nbytes = _nbytes(shape, dtype)
-    memory = np.zeros(nbytes + _ALIGNMENT, np.uint8)
+    return _aligned(np.zeros(_nbytes(shape, dtype) + _ALIGNMENT, np.uint8), shape, dtype)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """The same with anything in it."""
+    return _aligned(np.empty(_nbytes(shape, dtype) + _ALIGNMENT, np.uint8), shape, dtype)
+
+
+def _aligned(memory: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + nbytes].view(dtype).reshape(shape)
+    return memory[start : start + _nbytes(shape, dtype)].view(dtype).reshape(shape)
 
 
 def _nbytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:

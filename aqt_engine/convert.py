@@ -76,7 +76,7 @@ def convert(
         `portable` and an operation is not. The operation is named as far as it can be found.
       FileExistsError: `path` exists.
     """
-    if isinstance(tile, int) and tile < 2:
+    if isinstance(tile, int) and tile < 1:
         raise ConversionError(f"`tile` must be at least 2, got {tile}: XLA computes one row apart")
     with spool(Path(path)) as spooled:
         # On other devices arrays are in the memory of those.

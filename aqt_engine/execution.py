@@ -11,7 +11,8 @@ Mode FAST gives that up for speed: the whole padded batch is computed at once, a
 depend on how many rows that has.
 
 On a CPU, int8 contractions with weights are computed by a kernel, where there is one (`kernels`),
-and weights are kept as it reads them.
+and weights are kept as it reads them; what takes less than a millisecond is computed in the thread
+that calls it, if that is quicker (`calling_thread`).
 
 In mode EXACT a program may have several devices (`layout`): copies of it, each of which takes its
 share of the tiles, and shards of the weights of each. They compute without the kernel. Where the
@@ -23,7 +24,7 @@ import contextlib
 import enum
 import math
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -31,9 +32,10 @@ import numpy as np
 from jax import export, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from aqt_engine import heap, lengths
-from aqt_engine.arrays import aligned_zeros
+from aqt_engine import batches, calling_thread, heap, lengths
+from aqt_engine.batches import Array, Arrays, Batches
 from aqt_engine.bundle import Bundle, BundleError
+from aqt_engine.calling_thread import Executable
 from aqt_engine.kernels import library
 from aqt_engine.layout import COPIES, Layout
 from aqt_engine.manifest import LengthBucket
@@ -44,11 +46,11 @@ from aqt_engine.restoration import check_restored, stand_in
 if TYPE_CHECKING:
     from aqt_engine.kernels.substitution import Substituted
 
-Array = np.ndarray[Any, Any]
-Executable = Callable[..., Sequence[jax.Array]]
-_Executables = Callable[[int, LengthBucket], Executable]
-"""Executables by tiles and length bucket."""
-_Shapes = Sequence[tuple[tuple[int, ...], np.dtype[Any]]]
+Outputs = dict[str, Array]
+At = tuple[LengthBucket, int]
+"""Which of a program's executables: the length bucket, and how many tiles."""
+_Computed = Callable[[int, LengthBucket, list[Array | jax.Array]], Sequence[jax.Array]]
+"""Outputs by tiles, length bucket and inputs."""
 _NAME = "forward"
 """Of what is compiled."""
 _LEAST_MEMORY = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
@@ -125,7 +127,10 @@ class Program:
             self._mesh and (spec.shape, layout.of_weight(self._mesh, spec))
             for spec in bundle.manifest.weights
         ]
-        self._executables: dict[tuple[LengthBucket, int], Executable] = {}
+        self._batches = Batches(bundle.manifest, in_tiles=mode is Mode.EXACT)
+        self._executables: dict[At, Executable] = {}
+        self._in_calling_thread: set[At] = set()
+        self._shared: dict[LengthBucket, list[jax.Array]] = {}
         self._gathering: dict[LengthBucket, Executable] = {}
         self.workspace_nbytes = 0
         """Bytes beside the weights that the hungriest of the compiled executables computes in."""
@@ -138,7 +143,7 @@ class Program:
 
         The program is not called meanwhile.
         """
-        self._weights = {}
+        self._weights, self._shared = {}, {}
         heap.give_back()
         try:
             yield
@@ -158,11 +163,35 @@ class Program:
     def compile(self, bucket: int, length_bucket: LengthBucket = ()) -> None:
         """Compiles the executable for `bucket` tiles, unless it is there already."""
         with self._compiling:
-            if (length_bucket, bucket) not in self._executables:
-                self._executables[length_bucket, bucket] = self._compiled(bucket, length_bucket)
+            if (at := (length_bucket, bucket)) not in self._executables:
+                traced = self._traced_graph(bucket, length_bucket)
+                compiled = self._measured(traced.lower().compile(), length_bucket)
+                quicker = self._quicker(compiled, traced, bucket, length_bucket)
+                if quicker:
+                    self._in_calling_thread.add(at)
+                self._executables[at] = quicker or compiled
                 heap.give_back()
 
-    def restore(self, bucket: int, length_bucket: LengthBucket = ()) -> None:
+    def in_calling_thread(self, bucket: int, length_bucket: LengthBucket = ()) -> bool:
+        """Whether the executable for `bucket` tiles, which is there, computes in that thread."""
+        return (length_bucket, bucket) in self._in_calling_thread
+
+    def _quicker(
+        self,
+        compiled: Executable,
+        traced: Any,
+        bucket: int,
+        length_bucket: LengthBucket,
+    ) -> Executable | None:
+        alone = self._mesh is None and jax.process_count() == 1
+        if not alone or jax.default_backend() != "cpu":
+            return None
+        zeros = self._batches.form(bucket, length_bucket).zeros()
+        return calling_thread.quicker(compiled, traced, self._weights[length_bucket], zeros)
+
+    def restore(
+        self, bucket: int, length_bucket: LengthBucket = (), *, in_calling_thread: bool = False
+    ) -> None:
         """Takes the executable for `bucket` tiles from the compilation cache, whatever was there.
 
         The cache has to be made to give it: JAX asks for a stand-in's (`restoration`). It computes
@@ -172,8 +201,10 @@ class Program:
         Raises:
           NotRestoredError: the cache gave nothing, or something else.
         """
-        inputs, results = self._signature(bucket, length_bucket)
-        placeholder = stand_in([jax.ShapeDtypeStruct(*of) for of in results])
+        batch = self._batches.form(bucket, length_bucket)
+        placeholder = stand_in(
+            [jax.ShapeDtypeStruct(of.laid_out, of.dtype) for of in batch.outputs]
+        )
         packed = self.packed[length_bucket]
         weights = [
             jax.ShapeDtypeStruct((packing.nbytes(spec.shape),), np.int8)
@@ -181,13 +212,24 @@ class Program:
             else jax.ShapeDtypeStruct(spec.shape, spec.dtype)
             for i, spec in enumerate(self.manifest.weights)
         ]
-        found = self._lowered(placeholder, weights, inputs).compile()
+        with self._where(in_calling_thread):
+            found = self._traced(placeholder, weights, batch).lower().compile()
         check_restored(found, _NAME)
+        at = length_bucket, bucket
         with self._compiling:
-            self._executables[length_bucket, bucket] = found
+            if in_calling_thread:
+                self._in_calling_thread.add(at)
+            self._executables[at] = found
 
-    def _compiled(self, bucket: int, length_bucket: LengthBucket) -> Executable:
-        inputs, _ = self._signature(bucket, length_bucket)
+    @staticmethod
+    def _where(in_calling_thread: bool) -> contextlib.AbstractContextManager[Any]:
+        """What is lowered in it is loaded by the client that computes there."""
+        if in_calling_thread:
+            return jax.default_device(calling_thread.device())
+        return contextlib.nullcontext()
+
+    def _traced_graph(self, bucket: int, length_bucket: LengthBucket) -> Any:
+        batch = self._batches.form(bucket, length_bucket)
         graph = self._graphs[length_bucket]
 
         def forward(weights: list[jax.Array], inputs: list[jax.Array]) -> list[jax.Array]:
@@ -199,8 +241,7 @@ class Program:
             return cast(list[jax.Array], lax.map(at_once, inputs))
 
         forward.__name__ = _NAME
-        compiled = self._lowered(forward, self._weights[length_bucket], inputs).compile()
-        return self._measured(compiled, length_bucket)
+        return self._traced(forward, self._weights[length_bucket], batch)
 
     def _compiled_to_gather(self, bucket: int, length_bucket: LengthBucket) -> Executable:
         with self._compiling:
@@ -210,22 +251,14 @@ class Program:
                 def forward(weights: list[jax.Array], inputs: list[jax.Array]) -> list[jax.Array]:
                     return [y[None] for y in graph.call(weights, [x[0] for x in inputs])]
 
-                inputs, _ = self._signature(bucket, length_bucket)
+                batch = self._batches.form(bucket, length_bucket)
                 weights = self._weights[length_bucket]
-                lowered = self._lowered(forward, weights, inputs, gathered=True)
-                self._gathering[length_bucket] = lowered.compile(
+                traced = self._traced(forward, weights, batch, gathered=True)
+                self._gathering[length_bucket] = traced.lower().compile(
                     compiler_options=_LEAST_MEMORY.get(jax.default_backend())
                 )
                 heap.give_back()
             return self._gathering[length_bucket]
-
-    def _signature(self, bucket: int, length_bucket: LengthBucket) -> tuple[_Shapes, _Shapes]:
-        """Shapes and dtypes of inputs and outputs, as an executable for `bucket` tiles has them."""
-        sizes, rows = self.manifest.sizes(length_bucket), bucket * self.manifest.tile
-        inputs = [spec.with_rows(rows, sizes) for spec in self.manifest.inputs]
-        outputs = [spec.with_rows(rows, sizes) for spec in self.manifest.outputs]
-        laid_out = [(self._laid_out(s.shape), s.dtype) for s in (*inputs, *outputs)]
-        return laid_out[: len(inputs)], laid_out[len(inputs) :]
 
     def _measured(self, compiled: Any, length_bucket: LengthBucket) -> Executable:
         if told := compiled.memory_analysis():
@@ -237,25 +270,27 @@ class Program:
             self.workspace_nbytes = max(self.workspace_nbytes, beside)
         return compiled
 
-    def _lowered(
+    def _traced(
         self,
         forward: Callable[..., list[jax.Array]],
         weights: Sequence[jax.Array | jax.ShapeDtypeStruct],
-        inputs: _Shapes,
+        batch: batches.Form,
         *,
         gathered: bool = False,
     ) -> Any:
-        """`forward` for inputs of these shapes and dtypes, over the devices that there are.
+        """`forward` for the inputs of `batch`, over the devices that there are.
 
         It is given weights as they are spread, or `gathered`: whole.
         """
         if self._mesh is None:
-            structs = [jax.ShapeDtypeStruct(*of) for of in inputs]
+            structs = [jax.ShapeDtypeStruct(of.laid_out, of.dtype) for of in batch.inputs]
             # With what a graph does not use too, so that all of one signature are called alike.
-            return jax.jit(forward, keep_unused=True).lower(weights, structs)
+            return jax.jit(forward, keep_unused=True).trace(weights, structs)
         tiles = PartitionSpec(COPIES)
         sharding = NamedSharding(self._mesh, tiles)
-        structs = [jax.ShapeDtypeStruct(*of, sharding=sharding) for of in inputs]
+        structs = [
+            jax.ShapeDtypeStruct(of.laid_out, of.dtype, sharding=sharding) for of in batch.inputs
+        ]
         mapped = jax.shard_map(
             forward,
             mesh=self._mesh,
@@ -272,7 +307,7 @@ class Program:
             return mapped([lax.with_sharding_constraint(w, whole) for w in weights], inputs)
 
         laid_out = forward_gathered if gathered else mapped
-        return jax.jit(laid_out, out_shardings=read).lower(weights, structs)
+        return jax.jit(laid_out, out_shardings=read).trace(weights, structs)
 
     def _given(self, array: Array) -> Array | jax.Array:
         """`array` as an executable over the devices that there are takes it."""
@@ -281,14 +316,7 @@ class Program:
         sharding = NamedSharding(self._mesh, PartitionSpec(COPIES))
         return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
-    def _laid_out(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """`shape`, of whole tiles of rows, as an executable takes it."""
-        if self.mode is Mode.FAST:
-            return shape
-        tile = self.manifest.tile
-        return (shape[0] // tile, tile, *shape[1:])
-
-    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def __call__(self, inputs: Arrays) -> Outputs:
         """The outputs for `inputs`: by name, each of shape (rows, ...), the same rows for all.
 
         Symbolic dimensions are padded to their bucket, and cut back in the outputs. More rows than
@@ -299,9 +327,9 @@ class Program:
           ValueError: the inputs are not those of the signature, in names, dtypes or shapes, or
             too long.
         """
-        return self._in_calls(inputs, self.max_rows, self._executable)
+        return self._in_calls(inputs, self.max_rows, self._computed)
 
-    def gathered(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def gathered(self, inputs: Arrays) -> Outputs:
         """What a program over several shards has to answer, computed of whole weights.
 
         It takes one tile for each copy at a time. A device gathers the parts of a weight when that
@@ -311,17 +339,35 @@ class Program:
           ValueError: as of a call.
         """
         rows = self.buckets[0] * self.manifest.tile
-        return self._in_calls(inputs, rows, self._compiled_to_gather)
+        return self._in_calls(inputs, rows, self._computed_gathered)
 
-    def _executable(self, bucket: int, length_bucket: LengthBucket) -> Executable:
-        self.compile(bucket, length_bucket)
-        return self._executables[length_bucket, bucket]
+    def _computed(
+        self, bucket: int, length_bucket: LengthBucket, inputs: list[Array | jax.Array]
+    ) -> Sequence[jax.Array]:
+        at = length_bucket, bucket
+        if at not in self._executables:
+            self.compile(bucket, length_bucket)
+        weights = self._weights[length_bucket]
+        if at in self._in_calling_thread:
+            weights = self._shared_weights(length_bucket)
+        return self._executables[at](weights, inputs)
 
-    def _in_calls(
-        self, inputs: Mapping[str, Array], most: int, executable: _Executables
-    ) -> dict[str, Array]:
+    def _shared_weights(self, length_bucket: LengthBucket) -> list[jax.Array]:
+        if length_bucket not in self._shared:
+            shared = calling_thread.shared(self._weights[length_bucket])
+            assert shared is not None, "an executable was moved to where weights are copied"
+            self._shared[length_bucket] = shared
+        return self._shared[length_bucket]
+
+    def _computed_gathered(
+        self, bucket: int, length_bucket: LengthBucket, inputs: list[Array | jax.Array]
+    ) -> Sequence[jax.Array]:
+        executable = self._compiled_to_gather(bucket, length_bucket)
+        return executable(self._weights[length_bucket], inputs)
+
+    def _in_calls(self, inputs: Arrays, most: int, computed: _Computed) -> Outputs:
         """The outputs for `inputs`, of which `most` rows are computed at once."""
-        rows, sizes = self._checked(inputs)
+        rows, sizes = self._batches.checked(inputs)
         length_bucket = lengths.smallest(self.manifest, sizes)
         if sizes:
             inputs = lengths.pad(self.manifest, inputs, length_bucket)
@@ -329,7 +375,7 @@ class Program:
             self._run(
                 {name: array[start : start + most] for name, array in inputs.items()},
                 length_bucket,
-                executable,
+                computed,
             )
             for start in range(0, max(rows, 1), most)
         ]
@@ -338,47 +384,18 @@ class Program:
             outputs = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in outputs}
         return lengths.cut(self.manifest, outputs, sizes) if sizes else outputs
 
-    def _checked(self, inputs: Mapping[str, Array]) -> tuple[int, dict[str, int]]:
-        """The number of rows, and the sizes of the symbolic dimensions."""
-        specs = {spec.name: spec for spec in self.manifest.inputs}
-        rows = next((len(array) for array in inputs.values() if array.ndim), 0)
-        sizes: dict[str, int] = {}
-        if inputs.keys() == specs.keys() and all(
-            inputs[name].ndim == len(spec.shape) for name, spec in specs.items()
-        ):
-            sizes = lengths.lengths_of(self.manifest, inputs)
-        known = sizes or dict.fromkeys(self.manifest.lengths, -1)
-        expected = {name: spec.with_rows(rows, known) for name, spec in specs.items()}
-        if inputs.keys() != expected.keys() or any(
-            (inputs[name].dtype, inputs[name].shape) != (one.dtype, one.shape)
-            for name, one in expected.items()
-        ):
-            found = {name: f"{array.dtype}{list(array.shape)}" for name, array in inputs.items()}
-            wanted = {name: f"{one.dtype}{list(one.shape)}" for name, one in expected.items()}
-            raise ValueError(f"the inputs are {found}, and the signature has {wanted}")
-        return rows, sizes
-
-    def _run(
-        self, inputs: Mapping[str, Array], length_bucket: LengthBucket, executable: _Executables
-    ) -> dict[str, Array]:
-        tile = self.manifest.tile
+    def _run(self, inputs: Arrays, length_bucket: LengthBucket, computed: _Computed) -> Outputs:
         rows = len(next(iter(inputs.values())))
-        sizes = self.manifest.sizes(length_bucket)
         if rows == 0:
-            empty = {spec.name: spec.with_rows(0, sizes) for spec in self.manifest.outputs}
-            return {name: np.zeros(s.shape, s.dtype) for name, s in empty.items()}
+            return self._batches.empty(length_bucket)
+        tile = self.manifest.tile
         bucket = next(b for b in self.buckets if b * tile >= rows)
-        padded: list[Array | jax.Array] = []
-        for spec in self.manifest.inputs:
-            whole = spec.with_rows(bucket * tile, sizes)
-            array = aligned_zeros(whole.shape, whole.dtype)
-            array[:rows] = inputs[spec.name]
-            padded.append(self._given(array.reshape(self._laid_out(whole.shape))))
-        answers = executable(bucket, length_bucket)(self._weights[length_bucket], padded)
-        shapes = [spec.with_rows(bucket * tile, sizes).shape for spec in self.manifest.outputs]
+        batch = self._batches.form(bucket, length_bucket)
+        given = [self._given(array) for array in batch.filled(inputs, rows)]
+        answers = computed(bucket, length_bucket, given)
         return {
-            spec.name: np.asarray(answer).reshape(shape)[:rows]
-            for spec, shape, answer in zip(self.manifest.outputs, shapes, answers, strict=True)
+            tensor.name: np.asarray(answer).reshape(tensor.shape)[:rows]
+            for tensor, answer in zip(batch.outputs, answers, strict=True)
         }
 
 

@@ -33,7 +33,7 @@ from jaxlib import version as jaxlib_version
 
 import aqt_engine
 from aqt_engine.bundle import Bundle
-from aqt_engine.execution import Packed, Program
+from aqt_engine.execution import At, Packed, Program
 from aqt_engine.kernels import library
 from aqt_engine.kernels.packing import Packing
 from aqt_engine.manifest import MANIFEST_FORM, LengthBucket, Manifest
@@ -41,7 +41,7 @@ from aqt_engine.restoration import NotRestoredError
 from aqt_server.compiled import Entries, given, noted
 
 _log = logging.getLogger(__name__)
-_FORM = 1
+_FORM = 2
 _CODE = ("*.py", "kernels/*.py", "kernels/native/*.so")
 _VARIABLES = ("AQT_KERNELS", "JAX_", "XLA_", "LIBTPU_", "TF_", "CUDA_", "NVIDIA_")
 # By these /proc/cpuinfo tells one model, and what it can do, from another: of x86, and of ARM.
@@ -57,6 +57,15 @@ class Executable:
     bucket: int
     key: str
     sha256: str
+    in_calling_thread: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Value:
+    """An executable as it lies on the disk."""
+
+    content: bytes
+    in_calling_thread: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -124,18 +133,18 @@ class Records:
         """Removes the record `of` that."""
         self._entries.remove(_key(of))
 
-    def values(self, kept: Kept) -> dict[tuple[LengthBucket, int], bytes]:
-        """The executables of a version, by length bucket and bucket, as they lie on the disk.
+    def values(self, kept: Kept) -> dict[At, Value]:
+        """The executables of a version, as they lie on the disk.
 
         Raises:
           NotRestoredError: one is not what it was.
         """
-        values: dict[tuple[LengthBucket, int], bytes] = {}
+        values: dict[At, Value] = {}
         for one in kept.executables:
-            value = self._entries.read(one.key)
-            if value is None or hashlib.sha256(value).hexdigest() != one.sha256:
+            content = self._entries.read(one.key)
+            if content is None or hashlib.sha256(content).hexdigest() != one.sha256:
                 raise NotRestoredError(f"the executable {one.key} is not what it was")
-            values[one.length_bucket, one.bucket] = value
+            values[one.length_bucket, one.bucket] = Value(content, one.in_calling_thread)
         return values
 
     def compile(self, program: Program) -> tuple[Executable, ...]:
@@ -150,13 +159,15 @@ class Records:
             value = self._entries.read(asked[-1]) if asked else None
             if value is None:
                 continue
+            in_calling_thread = program.in_calling_thread(at[1], at[0])
             try:
                 with given(value):
-                    program.restore(at[1], at[0])
+                    program.restore(at[1], at[0], in_calling_thread=in_calling_thread)
             except NotRestoredError as error:
                 _log.warning("the next start compiles again what it cannot read: %s", error)
                 continue
-            found.append(Executable(*at, asked[-1], hashlib.sha256(value).hexdigest()))
+            sha256 = hashlib.sha256(value).hexdigest()
+            found.append(Executable(*at, asked[-1], sha256, in_calling_thread))
         return tuple(found) if len(found) == len(_all(program)) else ()
 
 
@@ -172,7 +183,7 @@ class Restored(Program):
         self,
         bundle: Bundle,
         *,
-        values: Mapping[tuple[LengthBucket, int], bytes],
+        values: Mapping[At, Value],
         **arguments: Any,
     ):
         self._values = dict(values)
@@ -204,8 +215,9 @@ class Restored(Program):
             return
         with self._reading[at]:
             if at in self._values:
-                with given(self._values[at]):
-                    self.restore(bucket, length_bucket)
+                value = self._values[at]
+                with given(value.content):
+                    self.restore(bucket, length_bucket, in_calling_thread=value.in_calling_thread)
                 del self._values[at]
 
 
@@ -266,7 +278,7 @@ def _digest_of_code(engine: Path) -> str:
     return digest.hexdigest()
 
 
-def _all(program: Program) -> list[tuple[LengthBucket, int]]:
+def _all(program: Program) -> list[At]:
     return [(of, bucket) for of in program.manifest.length_buckets for bucket in program.buckets]
 
 
