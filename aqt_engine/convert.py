@@ -77,7 +77,7 @@ def convert(
       FileExistsError: `path` exists.
     """
     if isinstance(tile, int) and tile < 1:
-        raise ConversionError(f"`tile` must be at least 2, got {tile}: XLA computes one row apart")
+        raise ConversionError(f"`tile` is a number of rows, at least 1, got {tile}")
     with spool(Path(path)) as spooled:
         # On other devices arrays are in the memory of those.
         keep = spooled.keep if jax.default_backend() == "cpu" else as_it_is
@@ -125,10 +125,11 @@ def _converted(
     train = frugal(forward)
     rows = {bucket: signature.witness(inputs, bucket, tile) for bucket in signature.buckets}
 
-    def structs(bucket: LengthBucket) -> dict[str, jax.ShapeDtypeStruct]:
-        return {s.name: s.with_rows(tile, signature.sizes(bucket)) for s in specs}
+    def structs(bucket: LengthBucket, rows: int = tile) -> dict[str, jax.ShapeDtypeStruct]:
+        return {s.name: s.with_rows(rows, signature.sizes(bucket)) for s in specs}
 
-    _refuse_mixing(forward, variables, structs(signature.buckets[0]))
+    # Of one row alone nothing shows what would be done with two.
+    _refuse_mixing(forward, variables, structs(signature.buckets[0], max(tile, 2)))
     outputs = signature.output_specs(lambda b: jax.eval_shape(train, variables, structs(b)))
     witnesses = {
         bucket: bundle.Witness(inputs=of, outputs=proof.in_tiles(train, variables, of, tile))
@@ -154,7 +155,7 @@ def _converted(
             program, written.manifest, written.witnesses, rows=most
         ):
             if not verdict.exact:
-                tried = {k: a[:tile] for k, a in rows[signature.buckets[0]].items()}
+                tried = {k: a[: max(tile, 2)] for k, a in rows[signature.buckets[0]].items()}
                 raise ConversionError(
                     f"the converted model cannot be served exactly; {trial}, it is {verdict}. "
                     f"{_suspect(first_mixing(forward, variables, tried))}"
@@ -244,11 +245,13 @@ def _refuse_mixing(
 def _refuse_counting(
     forward: graphs.NamedForward, variables: Any, witness: bundle.Witness, tile: int
 ) -> None:
+    # Of many rows, as rounding moves a few of them far.
+    rows = max(tile, DEFAULT_TILE)
     inputs, answers = (
-        {name: array[:tile] for name, array in arrays.items()}
+        {name: array[:rows] for name, array in arrays.items()}
         for arrays in (witness.inputs, witness.outputs)
     )
-    if found := counting(forward, variables, inputs, answers):
+    if found := counting(forward, variables, inputs, answers, tile):
         raise ConversionError(
             f"answers change with the number of rows that are computed at once: {found}. A server "
             f"computes {tile} at once, whatever was trained with: let no answer depend on how many "

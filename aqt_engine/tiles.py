@@ -15,7 +15,7 @@ from aqt_engine.kernels.packing import Packing
 from aqt_engine.kernels.substitution import Substituted, substituted
 from aqt_engine.manifest import TileCost
 
-CANDIDATES = (2, 4, 8, 16, 32, 64)
+CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
 _LOAD_ROWS = 64
 _MEASURED_S = 0.2
 _LEAST_TURNS, _MOST_TURNS = 3, 50

@@ -23,12 +23,13 @@ def counting(
     variables: Any,
     inputs: Mapping[str, np.ndarray[Any, Any]],
     answers: Mapping[str, np.ndarray[Any, Any]],
+    tile: int,
 ) -> str | None:
     """How answers change with the number of rows, in words; None if they do not.
 
-    `answers` are those to `inputs` at their number of rows. Rounding moves a few rows far, where it
+    `answers` are those to `inputs`, computed `tile` rows at once. Rounding moves a few rows far, where it
     turns into another integer, and many a little; what is told of moves half of the rows by more
-    than a hundredth of the largest value, at twice the number.
+    than a hundredth of the largest value, where twice as many as there are are computed at once.
     """
     rows = len(next(iter(inputs.values())))
     twice = {name: np.concatenate([array, array]) for name, array in inputs.items()}
@@ -44,7 +45,7 @@ def counting(
         if moved > _MUCH:
             return (
                 f"half of those of output {name!r} by more than {moved:.0%} of the largest value, "
-                f"between {rows} and {2 * rows} rows"
+                f"between {tile} and {2 * rows} rows"
             )
     return None
 

@@ -221,12 +221,12 @@ def test_trials_find_nothing_in_what_computes_row_by_row():
     assert first_mixing(fine, None, {"x": x}) is None
 
 
-def counted(fn):
-    """What is found of `fn` with four rows."""
+def counted(fn, tile=4):
+    """What is found of `fn` with four rows, computed `tile` at once."""
     x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     x[1] = np.nan
-    answers = {"y": np.asarray(fn(None, {"x": x})["y"])}
-    return counting(fn, None, {"x": x}, answers)
+    parts = [np.asarray(fn(None, {"x": x[i : i + tile]})["y"]) for i in range(0, 4, tile)]
+    return counting(fn, None, {"x": x}, {"y": np.concatenate(parts)}, tile)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,9 @@ def counted(fn):
     ],
 )
 def test_answers_that_depend_on_how_many_rows_there_are_are_found(fn):
-    assert "between 4 and 8 rows" in counted(lambda _, of: {"y": fn(jnp.asarray(of["x"]))})
+    for tile in (1, 4):
+        found = counted(lambda _, of: {"y": fn(jnp.asarray(of["x"]))}, tile)
+        assert f"between {tile} and 8 rows" in found
 
 
 @pytest.mark.parametrize(

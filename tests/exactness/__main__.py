@@ -34,12 +34,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="to go on at most")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**32))
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
+    parser.add_argument("--tile", type=int, help="of all models, in place of each one's own")
     parser.add_argument("--rounds", type=int, default=3, help="of every disturbance")
     arguments = parser.parse_args()
     console.print(f"seed {arguments.seed}: converting {', '.join(arguments.models)}")
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        pools = convert_all(arguments.models, root / "bundles")
+        pools = convert_all(arguments.models, root / "bundles", tile=arguments.tile)
         started = time.monotonic()
         tally = _attacked(root, pools, arguments)
         elapsed = time.monotonic() - started

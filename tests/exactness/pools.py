@@ -32,16 +32,18 @@ class Pool:
 
 
 def convert_all(
-    names: Sequence[str], repository: Path, lengths: Sequence[int] = ()
+    names: Sequence[str], repository: Path, lengths: Sequence[int] = (), tile: int | None = None
 ) -> dict[str, list[Pool]]:
     """Converts the models, with weights that were not trained, and gives the pools of each.
 
-    `lengths` are buckets for the small ones in place of their own.
+    `lengths` are buckets for the small ones in place of their own, and `tile` for all.
     """
     pools: dict[str, list[Pool]] = {}
     for name in names:
         sizes = lengths if name in SMALL else (SHORT,)
         model = MODELS[name].with_lengths(*sizes) if sizes else MODELS[name]
+        if tile is not None:
+            model = dataclasses.replace(model, tile=tile)
         forward = convert_untrained(model, repository)
         pools[name] = _pools(model, forward)
     return pools
