@@ -23,9 +23,14 @@ WORTH_S = 1e-3
 _CALLS = 5
 
 
+def is_possible() -> bool:
+    """Whether JAX computes on the CPU of one process, so that there is a thread to save."""
+    return jax.default_backend() == "cpu" and jax.process_count() == 1
+
+
 @functools.cache
-def device() -> jax.Device:
-    """The CPU, as the client has it that computes in the thread which calls."""
+def device() -> Any:
+    """The `jax.Device` of the CPU by the client that computes in the thread which calls."""
     client = cast(Any, xla_client).make_cpu_client(asynchronous=False)
     return client.devices()[0]
 

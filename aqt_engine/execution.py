@@ -183,8 +183,7 @@ class Program:
         bucket: int,
         length_bucket: LengthBucket,
     ) -> Executable | None:
-        alone = self._mesh is None and jax.process_count() == 1
-        if not alone or jax.default_backend() != "cpu":
+        if self._mesh is not None or not calling_thread.is_possible():
             return None
         zeros = self._batches.form(bucket, length_bucket).zeros()
         return calling_thread.quicker(compiled, traced, self._weights[length_bucket], zeros)

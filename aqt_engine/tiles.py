@@ -1,5 +1,6 @@
 """The tile is chosen by measurement: what a lone row costs, and what a row costs under load."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from jax import export, lax
 
-from aqt_engine import graphs
+from aqt_engine import calling_thread, graphs
 from aqt_engine.convertible import Serving
 from aqt_engine.kernels.packing import Packing
 from aqt_engine.kernels.substitution import Substituted, substituted
@@ -38,12 +39,24 @@ def measured(
     A tile is paid twice: a request of one row computes a whole tile, which speaks for small ones;
     under load, 64 rows are computed as tiles one after the other, which speaks for large ones. The
     cost is the larger of the two times, each in multiples of the shortest that any candidate has:
-    what a tile takes longer at most, whether few ask or many.
+    what a tile takes longer at most, whether few ask or many. On a CPU all are computed in the
+    calling thread, as a server does with those that take so little that it matters.
     """
+    possible = calling_thread.is_possible()
+    with jax.default_device(calling_thread.device()) if possible else contextlib.nullcontext():
+        return _measured(serving, inputs, timer or best_times, candidates)
+
+
+def _measured(
+    serving: Serving,
+    inputs: Mapping[str, np.ndarray[Any, Any]],
+    timer: Timer,
+    candidates: Sequence[int],
+) -> dict[int, TileCost]:
     forward = graphs.named(serving.forward)
     weights = _Weights([leaf.value for leaf in serving.leaves])
     tiles = {tile: math.ceil(_LOAD_ROWS / tile) for tile in candidates}
-    took = (timer or best_times)(
+    took = timer(
         [
             _runs(forward, weights, inputs, tile, count)
             for tile in candidates
@@ -99,7 +112,9 @@ class _Weights:
     def _as(self, index: int, packing: Packing | None) -> jax.Array:
         if (index, packing) not in self._placed:
             value = self.values[index]
-            packed = packing(np.asarray(value)) if packing else value
+            # The array is shared by both of a CPU's clients: what is given is its memory.
+            there = np.asarray(value) if calling_thread.is_possible() else value
+            packed = packing(np.asarray(value)) if packing else there
             self._placed[index, packing] = jax.device_put(packed)
         return self._placed[index, packing]
 

@@ -27,9 +27,10 @@ def counting(
 ) -> str | None:
     """How answers change with the number of rows, in words; None if they do not.
 
-    `answers` are those to `inputs`, computed `tile` rows at once. Rounding moves a few rows far, where it
-    turns into another integer, and many a little; what is told of moves half of the rows by more
-    than a hundredth of the largest value, where twice as many as there are are computed at once.
+    `answers` are those to `inputs`, computed `tile` rows at once. Rounding moves a few rows far,
+    where it turns into another integer, and many a little; what is told of moves half of the rows
+    by more than a hundredth of the largest value, where twice as many as there are are computed at
+    once.
     """
     rows = len(next(iter(inputs.values())))
     twice = {name: np.concatenate([array, array]) for name, array in inputs.items()}

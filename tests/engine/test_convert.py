@@ -78,7 +78,9 @@ def train_at_tile(factory, variables, inputs, tile):
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:rows], *tiles)
 
 
-@pytest.mark.parametrize("tile", [1, 2, *(pytest.param(t, marks=pytest.mark.long) for t in (8, 16))])
+@pytest.mark.parametrize(
+    "tile", [1, 2, *(pytest.param(t, marks=pytest.mark.long) for t in (8, 16))]
+)
 def test_served_is_trained(tmp_path, tile):
     variables = init(Mlp, {"x": X})
     manifest = convert(Mlp, variables, {"x": X}, tmp_path / "m" / "1", tile=tile)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from aqt_engine import bundle
+from aqt_engine import bundle, calling_thread
 from aqt_engine.execution import Mode, Program
 from aqt_engine.restoration import NotRestoredError
 from aqt_server import executor, kept, repository
@@ -86,7 +86,15 @@ def refused(*_, **__):
     raise AssertionError("this was to be taken as it was kept")
 
 
-def test_a_restart_compiles_nothing_and_gives_the_same_bits(path, records, monkeypatch):
+@pytest.mark.parametrize("quicker", [True, False])
+def test_a_restart_compiles_nothing_and_gives_the_same_bits(path, records, monkeypatch, quicker):
+    """Where it was quicker in the calling thread, it is computed there again."""
+
+    def seconds(executable, weights, *_):
+        moved = weights[0].devices() == {calling_thread.device()}
+        return 1e-5 if moved == quicker else 2e-5
+
+    monkeypatch.setattr(calling_thread, "_seconds", seconds)
     first = load(path, records)
     x = np.random.default_rng(0).normal(size=(40, FEATURES)).astype(np.float32)
     expected = {rows: first.executor({"x": x[:rows]})["y"] for rows in (1, 2, 5, 9, 40)}
@@ -100,6 +108,9 @@ def test_a_restart_compiles_nothing_and_gives_the_same_bits(path, records, monke
         assert second.executor.kernel == first.executor.kernel
         for rows, right in expected.items():
             assert_same_bits(second.executor({"x": x[:rows]})["y"], right)
+        for loaded in (first, second):
+            for of in loaded.executor._program.buckets:
+                assert loaded.executor._program.in_calling_thread(of) == quicker
         replayed = second.replay()
     assert (replayed.passed, replayed.failed) == (5, ())
     assert first.replay is None
