@@ -30,8 +30,8 @@ from examples.sentences.weights import load_variables, model_file
 ROWS = (1, 8, 32)
 LENGTHS = (16, 128)
 ROUNDS = 9
-OURS, FLOAT = "aqt exact, tile 2", "XLA float32"
-TILES = {OURS: 2, "aqt exact, tile 16": 16}
+OURS, FLOAT = "aqt exact, tile 1", "XLA float32"
+TILES = {OURS: 1, "aqt exact, tile 16": 16}
 PEERS = (
     *(Peer(name, "served", options={"mode": "exact"}) for name in TILES),
     Peer("aqt fast", "served", options={"mode": "fast"}),
