@@ -3,24 +3,29 @@
 On a CPU JAX hands every call to a thread of its own and waits for it: two changes of thread, which
 a model of a few small layers takes less time than. Whether it does so is a matter of the client
 that executables are loaded by, and without it a large model may take longer, whose operations are
-begun side by side. So there is a second client, which does not, and those executables are moved to
-it that are quicker there. They are the same machine code, and so give the same bits.
+begun side by side. So there is a second client, which does not, for executables that are quick.
+They are compiled to begin one operation after the other too: to wake a thread for one that is ready
+at the same time takes longer than it does. Neither decides about a bit, as the operations are the
+same.
 """
 
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.experimental import serialize_executable
 from jaxlib import xla_client
 
 Executable = Callable[..., Sequence[jax.Array]]
-WORTH_S = 1e-3
+QUICK_S = 0.5e-3
 """Seconds of a call from which on changing threads is little of it."""
-_CALLS = 5
+MOST_BYTES = 2**24
+"""Of weights: reading more takes longer than that."""
+_IN_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+_CALLS = 4
 
 
 def is_possible() -> bool:
@@ -45,49 +50,21 @@ def shared(weights: Sequence[jax.Array]) -> list[jax.Array] | None:
     return there if all(a == b for a, b in where) else None
 
 
-def quicker(
-    usual: Any,
-    traced: Any,
-    weights: Sequence[jax.Array],
-    inputs: Sequence[np.ndarray[Any, Any]],
-    clock: Callable[[], float] = time.perf_counter,
-) -> Executable | None:
-    """`usual`, a `jax.stages.Compiled` for the CPU, in the calling thread; None if that is no gain.
-
-    Both are timed with these arguments, in turns. `usual` was compiled of the `jax.stages.Traced`
-    `traced`.
-    """
-    if _seconds(usual, weights, inputs, clock) > WORTH_S or (here := shared(weights)) is None:
-        return None
-    moved = _moved(usual, traced)
-    turns = [
-        (_seconds(usual, weights, inputs, clock), _seconds(moved, here, inputs, clock))
-        for _ in range(_CALLS)
-    ]
-    least = [min(took) for took in zip(*turns, strict=True)]
-    return moved if least[1] < least[0] else None
+def compiled(traced: Any) -> Any:
+    """A `jax.stages.Traced` as a `jax.stages.Compiled` that computes in the calling thread."""
+    with jax.default_device(device()):
+        return traced.lower().compile(compiler_options=_IN_ORDER)
 
 
-def _moved(usual: Any, traced: Any) -> Executable:
-    # What was read from JAX's cache, XLA cannot write again; but there it can be read once more.
-    if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        with jax.default_device(device()):
-            return traced.lower().compile()
-    return serialize_executable.deserialize_and_load(
-        *serialize_executable.serialize(usual),
-        backend=device().client,
-        execution_devices=[device()],
-    )
-
-
-def _seconds(
+def seconds(
     executable: Executable,
     weights: Sequence[jax.Array],
     inputs: Sequence[np.ndarray[Any, Any]],
-    clock: Callable[[], float],
 ) -> float:
-    """Of the second of two calls, after which a thread that waited for the first is awake."""
-    jax.block_until_ready(executable(weights, inputs))
-    began = clock()
-    jax.block_until_ready(executable(weights, inputs))
-    return clock() - began
+    """The least of a few calls."""
+    least = math.inf
+    for _ in range(_CALLS):
+        began = time.perf_counter()
+        jax.block_until_ready(executable(weights, inputs))
+        least = min(least, time.perf_counter() - began)
+    return least

@@ -11,8 +11,8 @@ Mode FAST gives that up for speed: the whole padded batch is computed at once, a
 depend on how many rows that has.
 
 On a CPU, int8 contractions with weights are computed by a kernel, where there is one (`kernels`),
-and weights are kept as it reads them; what takes less than a millisecond is computed in the thread
-that calls it, if that is quicker (`calling_thread`).
+and weights are kept as it reads them; what is quick is computed in the thread that calls it
+(`calling_thread`).
 
 In mode EXACT a program may have several devices (`layout`): copies of it, each of which takes its
 share of the tiles, and shards of the weights of each. They compute without the kernel. Where the
@@ -130,7 +130,8 @@ class Program:
         self._batches = Batches(bundle.manifest, in_tiles=mode is Mode.EXACT)
         self._executables: dict[At, Executable] = {}
         self._in_calling_thread: set[At] = set()
-        self._shared: dict[LengthBucket, list[jax.Array]] = {}
+        self._took: dict[At, float] = {}
+        self._shared: dict[LengthBucket, list[jax.Array] | None] = {}
         self._gathering: dict[LengthBucket, Executable] = {}
         self.workspace_nbytes = 0
         """Bytes beside the weights that the hungriest of the compiled executables computes in."""
@@ -164,29 +165,37 @@ class Program:
         """Compiles the executable for `bucket` tiles, unless it is there already."""
         with self._compiling:
             if (at := (length_bucket, bucket)) not in self._executables:
-                traced = self._traced_graph(bucket, length_bucket)
-                compiled = self._measured(traced.lower().compile(), length_bucket)
-                quicker = self._quicker(compiled, traced, bucket, length_bucket)
-                if quicker:
-                    self._in_calling_thread.add(at)
-                self._executables[at] = quicker or compiled
+                self._executables[at] = self._compiled(at)
                 heap.give_back()
 
     def in_calling_thread(self, bucket: int, length_bucket: LengthBucket = ()) -> bool:
         """Whether the executable for `bucket` tiles, which is there, computes in that thread."""
         return (length_bucket, bucket) in self._in_calling_thread
 
-    def _quicker(
-        self,
-        compiled: Executable,
-        traced: Any,
-        bucket: int,
-        length_bucket: LengthBucket,
-    ) -> Executable | None:
+    def _compiled(self, at: At) -> Executable:
+        length_bucket, bucket = at
+        traced = self._traced_graph(bucket, length_bucket)
+        weights = self._shared_weights(length_bucket) if self._may_be_quick(at) else None
+        if weights is not None:
+            found = calling_thread.compiled(traced)
+            zeros = self._batches.form(bucket, length_bucket).zeros()
+            self._took[at] = calling_thread.seconds(found, weights, zeros)
+            if self._took[at] <= calling_thread.QUICK_S:
+                self._in_calling_thread.add(at)
+                return self._measured(found, length_bucket)
+        return self._measured(traced.lower().compile(), length_bucket)
+
+    def _may_be_quick(self, at: At) -> bool:
+        """Not if it takes as much longer than a smaller one as it is larger, and is not then."""
         if self._mesh is not None or not calling_thread.is_possible():
-            return None
-        zeros = self._batches.form(bucket, length_bucket).zeros()
-        return calling_thread.quicker(compiled, traced, self._weights[length_bucket], zeros)
+            return False
+        foreseen = (
+            took * at[1] / tiles
+            for (lengths_of, tiles), took in self._took.items()
+            if tiles <= at[1] and all(a <= b for a, b in zip(lengths_of, at[0], strict=True))
+        )
+        small = self.manifest.nbytes <= calling_thread.MOST_BYTES
+        return small and all(s <= calling_thread.QUICK_S for s in foreseen)
 
     def restore(
         self, bucket: int, length_bucket: LengthBucket = (), *, in_calling_thread: bool = False
@@ -211,21 +220,14 @@ class Program:
             else jax.ShapeDtypeStruct(spec.shape, spec.dtype)
             for i, spec in enumerate(self.manifest.weights)
         ]
-        with self._where(in_calling_thread):
-            found = self._traced(placeholder, weights, batch).lower().compile()
+        traced = self._traced(placeholder, weights, batch)
+        found = calling_thread.compiled(traced) if in_calling_thread else traced.lower().compile()
         check_restored(found, _NAME)
         at = length_bucket, bucket
         with self._compiling:
             if in_calling_thread:
                 self._in_calling_thread.add(at)
             self._executables[at] = found
-
-    @staticmethod
-    def _where(in_calling_thread: bool) -> contextlib.AbstractContextManager[Any]:
-        """What is lowered in it is loaded by the client that computes there."""
-        if in_calling_thread:
-            return jax.default_device(calling_thread.device())
-        return contextlib.nullcontext()
 
     def _traced_graph(self, bucket: int, length_bucket: LengthBucket) -> Any:
         batch = self._batches.form(bucket, length_bucket)
@@ -348,14 +350,15 @@ class Program:
             self.compile(bucket, length_bucket)
         weights = self._weights[length_bucket]
         if at in self._in_calling_thread:
-            weights = self._shared_weights(length_bucket)
+            shared = self._shared_weights(length_bucket)
+            assert shared is not None, "it was compiled to where weights are copied"
+            weights = shared
         return self._executables[at](weights, inputs)
 
-    def _shared_weights(self, length_bucket: LengthBucket) -> list[jax.Array]:
+    def _shared_weights(self, length_bucket: LengthBucket) -> list[jax.Array] | None:
+        """Those that executables of the calling thread take; None if they would be copied."""
         if length_bucket not in self._shared:
-            shared = calling_thread.shared(self._weights[length_bucket])
-            assert shared is not None, "an executable was moved to where weights are copied"
-            self._shared[length_bucket] = shared
+            self._shared[length_bucket] = calling_thread.shared(self._weights[length_bucket])
         return self._shared[length_bucket]
 
     def _computed_gathered(

@@ -1,6 +1,5 @@
 """What takes no time is computed in the thread that calls: the same code, weights and bits."""
 
-import itertools
 import threading
 
 import jax
@@ -29,47 +28,15 @@ X = aligned(np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32))
 W = aligned(np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32))
 
 
-@pytest.fixture(scope="module")
-def product():
-    """A traced function of weights and inputs, and its executable."""
+def test_the_same_is_computed_there_of_the_same_memory():
     traced = jax.jit(lambda weights, inputs: [jnp.tanh(inputs[0] @ weights[0])]).trace([W], [X])
-    return traced, traced.lower().compile()
-
-
-def clock(*seconds):
-    """One that says that calls took so long, one after the other, again and again."""
-    now, took = 0.0, itertools.cycle(seconds)
-    while True:
-        yield now
-        now += next(took)
-        yield now
-
-
-def moved(product, *seconds):
-    """What comes of an executable that takes the first, and the others in turns with the moved."""
-    traced, compiled = product
-    ticks = clock(*seconds)
-    return calling_thread.quicker(
-        compiled, traced, [jax.device_put(W)], [X], clock=lambda: next(ticks)
-    )
-
-
-QUICK = calling_thread.WORTH_S / 10
-
-
-def test_what_is_quicker_there_is_moved_with_the_same_bits(product):
-    # The first time is of the executable alone.
-    here = moved(product, QUICK, *([QUICK, QUICK / 2] * 5))
     weights = [jax.device_put(W)]
     there = calling_thread.shared(weights)
     assert there[0].devices() == {calling_thread.device()}
     assert there[0].unsafe_buffer_pointer() == weights[0].unsafe_buffer_pointer()
-    assert_same_bits(here(there, [X])[0], product[1](weights, [X])[0])
-
-
-def test_what_is_no_quicker_there_or_takes_long_is_not(product):
-    assert moved(product, QUICK, *([QUICK, QUICK * 2] * 5)) is None
-    assert moved(product, 2 * calling_thread.WORTH_S) is None
+    found = calling_thread.compiled(traced)
+    assert_same_bits(found(there, [X])[0], traced.lower().compile()(weights, [X])[0])
+    assert calling_thread.seconds(found, there, [X]) > 0
 
 
 def test_weights_that_would_be_copied_are_not_shared():
@@ -79,16 +46,50 @@ def test_weights_that_would_be_copied_are_not_shared():
 
 
 @pytest.fixture
-def quick(monkeypatch, tmp_path):
-    """A program whose executables are all found to be quicker in the calling thread."""
-
-    def seconds(executable, weights, *_):
-        return QUICK / 2 if weights[0].devices() == {calling_thread.device()} else QUICK
-
-    monkeypatch.setattr(calling_thread, "_seconds", seconds)
+def loaded(tmp_path):
     write_linear(tmp_path / "m" / "1")
-    loaded = bundle.load(tmp_path / "m" / "1")
+    return bundle.load(tmp_path / "m" / "1")
+
+
+def taking(monkeypatch, seconds_of_a_tile):
+    """Executables take so much for each tile; gives the numbers of tiles that are timed."""
+    timed = []
+
+    def seconds(executable, weights, inputs):
+        timed.append(len(inputs[0]))
+        return timed[-1] * seconds_of_a_tile
+
+    monkeypatch.setattr(calling_thread, "seconds", seconds)
+    return timed
+
+
+@pytest.fixture
+def quick(monkeypatch, loaded):
+    """A program whose executables are all quick."""
+    taking(monkeypatch, calling_thread.QUICK_S / 10)
     return loaded, Program(loaded, max_rows=4 * TILE)
+
+
+def test_what_is_quick_is_computed_there_and_what_cannot_be_is_not_tried(loaded, monkeypatch):
+    timed = taking(monkeypatch, calling_thread.QUICK_S / 3)
+    program = Program(loaded, max_rows=16 * TILE)
+    for bucket in program.buckets:
+        program.compile(bucket)
+    assert program.buckets == (1, 2, 4, 8, 16)
+    assert [program.in_calling_thread(bucket) for bucket in program.buckets] == [True, True] + [
+        False
+    ] * 3
+    # Of two tiles it follows that four are not quick, and so on.
+    assert timed == [1, 2]
+
+
+def test_what_reads_many_weights_is_not_tried(loaded, monkeypatch):
+    timed = taking(monkeypatch, calling_thread.QUICK_S / 10)
+    monkeypatch.setattr(calling_thread, "MOST_BYTES", loaded.manifest.nbytes - 1)
+    program = Program(loaded, max_rows=TILE)
+    program.compile(1)
+    assert not program.in_calling_thread(1)
+    assert timed == []
 
 
 def test_a_program_computes_there_as_it_does_elsewhere(quick, monkeypatch):
