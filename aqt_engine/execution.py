@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 Outputs = dict[str, Array]
 At = tuple[LengthBucket, int]
 """Which of a program's executables: the length bucket, and how many tiles."""
-_Computed = Callable[[int, LengthBucket, list[Array | jax.Array]], Sequence[jax.Array]]
+_Computed = Callable[[int, LengthBucket, Sequence[Array | jax.Array]], Sequence[jax.Array]]
 """Outputs by tiles, length bucket and inputs."""
 _NAME = "forward"
 """Of what is compiled."""
@@ -310,12 +310,15 @@ class Program:
         laid_out = forward_gathered if gathered else mapped
         return jax.jit(laid_out, out_shardings=read).trace(weights, structs)
 
-    def _given(self, array: Array) -> Array | jax.Array:
-        """`array` as an executable over the devices that there are takes it."""
+    def _given(self, arrays: list[Array]) -> Sequence[Array | jax.Array]:
+        """`arrays` as an executable over the devices that there are takes them."""
         if self._mesh is None or jax.process_count() == 1:
-            return array
+            return arrays
         sharding = NamedSharding(self._mesh, PartitionSpec(COPIES))
-        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+        return [
+            jax.make_array_from_callback(array.shape, sharding, lambda part, a=array: a[part])
+            for array in arrays
+        ]
 
     def __call__(self, inputs: Arrays) -> Outputs:
         """The outputs for `inputs`: by name, each of shape (rows, ...), the same rows for all.
@@ -343,7 +346,7 @@ class Program:
         return self._in_calls(inputs, rows, self._computed_gathered)
 
     def _computed(
-        self, bucket: int, length_bucket: LengthBucket, inputs: list[Array | jax.Array]
+        self, bucket: int, length_bucket: LengthBucket, inputs: Sequence[Array | jax.Array]
     ) -> Sequence[jax.Array]:
         at = length_bucket, bucket
         if at not in self._executables:
@@ -362,7 +365,7 @@ class Program:
         return self._shared[length_bucket]
 
     def _computed_gathered(
-        self, bucket: int, length_bucket: LengthBucket, inputs: list[Array | jax.Array]
+        self, bucket: int, length_bucket: LengthBucket, inputs: Sequence[Array | jax.Array]
     ) -> Sequence[jax.Array]:
         executable = self._compiled_to_gather(bucket, length_bucket)
         return executable(self._weights[length_bucket], inputs)
@@ -373,27 +376,29 @@ class Program:
         length_bucket = lengths.smallest(self.manifest, sizes)
         if sizes:
             inputs = lengths.pad(self.manifest, inputs, length_bucket)
-        chunks = [
-            self._run(
-                {name: array[start : start + most] for name, array in inputs.items()},
-                length_bucket,
-                computed,
-            )
-            for start in range(0, max(rows, 1), most)
-        ]
-        outputs = chunks[0]
-        if len(chunks) > 1:
-            outputs = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in outputs}
+        if rows <= most:
+            outputs = self._run(inputs, rows, length_bucket, computed)
+        else:
+            starts = range(0, rows, most)
+            parts = [{k: x[start : start + most] for k, x in inputs.items()} for start in starts]
+            chunks = [
+                self._run(part, min(most, rows - start), length_bucket, computed)
+                for part, start in zip(parts, starts, strict=True)
+            ]
+            outputs = {
+                name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]
+            }
         return lengths.cut(self.manifest, outputs, sizes) if sizes else outputs
 
-    def _run(self, inputs: Arrays, length_bucket: LengthBucket, computed: _Computed) -> Outputs:
-        rows = len(next(iter(inputs.values())))
+    def _run(
+        self, inputs: Arrays, rows: int, length_bucket: LengthBucket, computed: _Computed
+    ) -> Outputs:
         if rows == 0:
             return self._batches.empty(length_bucket)
         tile = self.manifest.tile
         bucket = next(b for b in self.buckets if b * tile >= rows)
         batch = self._batches.form(bucket, length_bucket)
-        given = [self._given(array) for array in batch.filled(inputs, rows)]
+        given = self._given(batch.filled(inputs, rows))
         answers = computed(bucket, length_bucket, given)
         return {
             tensor.name: np.asarray(answer).reshape(tensor.shape)[:rows]
