@@ -1,5 +1,7 @@
 """The bits of the training forward with the int8 kernel and without, float operations around it."""
 
+import re
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from aqt_engine import QuantMode, bundle, config, convert
 from aqt_engine.execution import Program
 from aqt_engine.flax import AqtDotGeneral, AqtEinsum
+from aqt_engine.statistics import MeanOfAbsMaxCalibration
 from compiled_kernel import why_no_kernel
 from engine.contractions import assert_same_bits
 
@@ -45,3 +48,41 @@ def test_answers_are_those_of_training(tmp_path):
         program = Program(loaded, max_rows=ROWS, kernel=kernel)
         assert bool(program.kernel) == kernel
         assert_same_bits(program({"x": x})["output"], expected)
+
+
+STATIC = config.update(
+    INT8,
+    "fwd.lhs",
+    calibration=MeanOfAbsMaxCalibration(),
+    calibration_mode=config.CalibrationMode.ALL_AXES,
+)
+
+
+class Layers(nn.Module):
+    """Layers with a bias and an activation between them, whose scales are learned and stored."""
+
+    mode: QuantMode = QuantMode.TRAIN
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(3):
+            dense = AqtDotGeneral(STATIC, lhs_quant_mode=self.mode, rhs_quant_mode=self.mode)
+            x = nn.relu(nn.Dense(64, dot_general=dense)(x))
+        return x
+
+
+def test_between_layers_of_stored_scales_nothing_is_float_in_memory(tmp_path):
+    """From the sums of one layer to the integers of the next it is one loop."""
+    x = np.random.default_rng(0).normal(size=(TILE, 64)).astype(np.float32)
+    variables = Layers().init(jax.random.key(0), x)
+    variables = convert.calibrate(Layers, variables, [{"x": x}])
+    convert.convert(Layers, variables, {"x": x}, tmp_path / "m" / "1", tile=TILE)
+    program = Program(bundle.load(tmp_path / "m" / "1"), max_rows=TILE)
+    program.compile(1)
+    (compiled,) = program._executables.values()
+    entry = compiled.as_text().partition("\nENTRY ")[2]
+    shape = rf"\[(?:1,)?{TILE},64\]"
+    # The input and the output; what is multiplied, and its sums.
+    assert len(re.findall(rf"= f32{shape}", entry)) == 2
+    assert len(re.findall(rf"= s8{shape}", entry)) == 3
+    assert len(re.findall(rf"= s32{shape}", entry)) == 3
