@@ -70,7 +70,8 @@ bench-scale: .venv/installed  ## how cost grows with rows, layers, lengths, mode
 	$(BIN)/python -m benchmarks.scale --markdown --json out/bench/scale.json --plot out/bench/scale.png
 
 # The environments of peers are made in out/bench/env at the first run, which takes minutes more.
-bench: bench-peers bench-serving bench-training bench-exactness  ## all tables of a CPU, in out/bench
+bench: bench-peers bench-serving bench-exactness bench-start bench-training bench-memory bench-scale
+bench: bench-overload bench-fairness  ## all tables of a CPU, in out/bench: most of an hour
 
 bench-kernel: .venv/installed  ## the int8 kernel beside XLA's and others' products: docs/performance.md
 	$(BIN)/python -m benchmarks.peers.layers --products --json out/bench/kernel.json
