@@ -13,6 +13,8 @@ from aqt_engine.manifest import LengthBucket, Manifest, TensorSpec
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
 Shape = tuple[int, ...]
+At = tuple[LengthBucket, int]
+"""A batch of so many tiles at a length bucket."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Batches:
     def __init__(self, manifest: Manifest, *, in_tiles: bool):
         self._manifest = manifest
         self._in_tiles = in_tiles
-        self._forms: dict[tuple[LengthBucket, int], Form] = {}
+        self._forms: dict[At, Form] = {}
         # What every batch has, whatever its rows, where requests choose no size.
         self._fixed = None if manifest.lengths else _fixed(manifest.inputs)
 

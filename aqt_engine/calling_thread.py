@@ -19,6 +19,9 @@ import jax
 import numpy as np
 from jaxlib import xla_client
 
+from aqt_engine.batches import Array, At
+from aqt_engine.manifest import LengthBucket
+
 Executable = Callable[..., Sequence[jax.Array]]
 QUICK_S = 0.5e-3
 """Seconds of a call from which on changing threads is little of it."""
@@ -56,11 +59,7 @@ def compiled(traced: Any) -> Any:
         return traced.lower().compile(compiler_options=_IN_ORDER)
 
 
-def seconds(
-    executable: Executable,
-    weights: Sequence[jax.Array],
-    inputs: Sequence[np.ndarray[Any, Any]],
-) -> float:
+def seconds(executable: Executable, weights: Sequence[jax.Array], inputs: Sequence[Array]) -> float:
     """The least of a few calls."""
     least = math.inf
     for _ in range(_CALLS):
@@ -68,3 +67,77 @@ def seconds(
         jax.block_until_ready(executable(weights, inputs))
         least = min(least, time.perf_counter() - began)
     return least
+
+
+class Quick:
+    """Which executables of a program are quick, and the weights as those take them.
+
+    `nbytes` are those of all weights. Where the program is `spread` over devices, none is.
+    """
+
+    def __init__(self, *, nbytes: int, spread: bool):
+        self._may_be = nbytes <= MOST_BYTES and not spread
+        self._took: dict[At, float] = {}
+        self._found: set[At] = set()
+        self._shared: dict[LengthBucket, list[jax.Array] | None] = {}
+
+    def __contains__(self, at: At) -> bool:
+        return at in self._found
+
+    def add(self, at: At) -> None:
+        """Takes that executable to be quick, as it was found to be before."""
+        self._found.add(at)
+
+    def compiled(
+        self,
+        at: At,
+        traced: Any,
+        weights: Sequence[jax.Array],
+        inputs: Callable[[], Sequence[Array]],
+    ) -> Any:
+        """`traced`, the executable at `at`, for the calling thread; None if it is not quick there.
+
+        It is called with what `inputs` gives, and not compiled if a smaller one took too long for that.
+        """
+        if not self._may_be or not is_possible() or self._foreseen(at) > QUICK_S:
+            return None
+        there = self._weights(at[0], weights)
+        if there is None:
+            return None
+        found = compiled(traced)
+        self._took[at] = seconds(found, there, inputs())
+        if self._took[at] > QUICK_S:
+            return None
+        self.add(at)
+        return found
+
+    def _foreseen(self, at: At) -> float:
+        """Seconds, of what took as long for each of its tiles with less in it; 0 if nothing did."""
+        length_bucket, tiles = at
+        return max(
+            (
+                took * tiles / of
+                for (sizes, of), took in self._took.items()
+                if of <= tiles and all(a <= b for a, b in zip(sizes, length_bucket, strict=True))
+            ),
+            default=0.0,
+        )
+
+    def weights(
+        self, length_bucket: LengthBucket, weights: Sequence[jax.Array]
+    ) -> Sequence[jax.Array]:
+        """`weights` of a length bucket, as its quick executables take them: in the same memory."""
+        found = self._weights(length_bucket, weights)
+        assert found is not None, "it was compiled to where weights are copied"
+        return found
+
+    def _weights(
+        self, length_bucket: LengthBucket, weights: Sequence[jax.Array]
+    ) -> list[jax.Array] | None:
+        if length_bucket not in self._shared:
+            self._shared[length_bucket] = shared(weights)
+        return self._shared[length_bucket]
+
+    def drop_weights(self) -> None:
+        """Forgets the weights, so that their memory can be given back."""
+        self._shared = {}

@@ -33,9 +33,9 @@ from jax import export, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from aqt_engine import batches, calling_thread, heap, lengths
-from aqt_engine.batches import Array, Arrays, Batches
+from aqt_engine.batches import Array, Arrays, At, Batches
 from aqt_engine.bundle import Bundle, BundleError
-from aqt_engine.calling_thread import Executable
+from aqt_engine.calling_thread import Executable, Quick
 from aqt_engine.kernels import library
 from aqt_engine.layout import COPIES, Layout
 from aqt_engine.manifest import LengthBucket
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from aqt_engine.kernels.substitution import Substituted
 
 Outputs = dict[str, Array]
-At = tuple[LengthBucket, int]
-"""Which of a program's executables: the length bucket, and how many tiles."""
 _Computed = Callable[[int, LengthBucket, Sequence[Array | jax.Array]], Sequence[jax.Array]]
 """Outputs by tiles, length bucket and inputs."""
 _NAME = "forward"
@@ -129,9 +127,7 @@ class Program:
         ]
         self._batches = Batches(bundle.manifest, in_tiles=mode is Mode.EXACT)
         self._executables: dict[At, Executable] = {}
-        self._in_calling_thread: set[At] = set()
-        self._took: dict[At, float] = {}
-        self._shared: dict[LengthBucket, list[jax.Array] | None] = {}
+        self._quick = Quick(nbytes=bundle.manifest.nbytes, spread=self._mesh is not None)
         self._gathering: dict[LengthBucket, Executable] = {}
         self.workspace_nbytes = 0
         """Bytes beside the weights that the hungriest of the compiled executables computes in."""
@@ -144,7 +140,8 @@ class Program:
 
         The program is not called meanwhile.
         """
-        self._weights, self._shared = {}, {}
+        self._weights = {}
+        self._quick.drop_weights()
         heap.give_back()
         try:
             yield
@@ -170,32 +167,14 @@ class Program:
 
     def in_calling_thread(self, bucket: int, length_bucket: LengthBucket = ()) -> bool:
         """Whether the executable for `bucket` tiles, which is there, computes in that thread."""
-        return (length_bucket, bucket) in self._in_calling_thread
+        return (length_bucket, bucket) in self._quick
 
     def _compiled(self, at: At) -> Executable:
         length_bucket, bucket = at
         traced = self._traced_graph(bucket, length_bucket)
-        weights = self._shared_weights(length_bucket) if self._may_be_quick(at) else None
-        if weights is not None:
-            found = calling_thread.compiled(traced)
-            zeros = self._batches.form(bucket, length_bucket).zeros()
-            self._took[at] = calling_thread.seconds(found, weights, zeros)
-            if self._took[at] <= calling_thread.QUICK_S:
-                self._in_calling_thread.add(at)
-                return self._measured(found, length_bucket)
-        return self._measured(traced.lower().compile(), length_bucket)
-
-    def _may_be_quick(self, at: At) -> bool:
-        """Not if it takes as much longer than a smaller one as it is larger, and is not then."""
-        if self._mesh is not None or not calling_thread.is_possible():
-            return False
-        foreseen = (
-            took * at[1] / tiles
-            for (lengths_of, tiles), took in self._took.items()
-            if tiles <= at[1] and all(a <= b for a, b in zip(lengths_of, at[0], strict=True))
-        )
-        small = self.manifest.nbytes <= calling_thread.MOST_BYTES
-        return small and all(s <= calling_thread.QUICK_S for s in foreseen)
+        zeros = self._batches.form(bucket, length_bucket).zeros
+        quick = self._quick.compiled(at, traced, self._weights[length_bucket], zeros)
+        return self._measured(quick or traced.lower().compile(), length_bucket)
 
     def restore(
         self, bucket: int, length_bucket: LengthBucket = (), *, in_calling_thread: bool = False
@@ -226,7 +205,7 @@ class Program:
         at = length_bucket, bucket
         with self._compiling:
             if in_calling_thread:
-                self._in_calling_thread.add(at)
+                self._quick.add(at)
             self._executables[at] = found
 
     def _traced_graph(self, bucket: int, length_bucket: LengthBucket) -> Any:
@@ -351,18 +330,10 @@ class Program:
         at = length_bucket, bucket
         if at not in self._executables:
             self.compile(bucket, length_bucket)
-        weights = self._weights[length_bucket]
-        if at in self._in_calling_thread:
-            shared = self._shared_weights(length_bucket)
-            assert shared is not None, "it was compiled to where weights are copied"
-            weights = shared
+        weights: Sequence[jax.Array] = self._weights[length_bucket]
+        if at in self._quick:
+            weights = self._quick.weights(length_bucket, weights)
         return self._executables[at](weights, inputs)
-
-    def _shared_weights(self, length_bucket: LengthBucket) -> list[jax.Array] | None:
-        """Those that executables of the calling thread take; None if they would be copied."""
-        if length_bucket not in self._shared:
-            self._shared[length_bucket] = calling_thread.shared(self._weights[length_bucket])
-        return self._shared[length_bucket]
 
     def _computed_gathered(
         self, bucket: int, length_bucket: LengthBucket, inputs: Sequence[Array | jax.Array]

@@ -32,8 +32,9 @@ import pydantic
 from jaxlib import version as jaxlib_version
 
 import aqt_engine
+from aqt_engine.batches import At
 from aqt_engine.bundle import Bundle
-from aqt_engine.execution import At, Packed, Program
+from aqt_engine.execution import Packed, Program
 from aqt_engine.kernels import library
 from aqt_engine.kernels.packing import Packing
 from aqt_engine.manifest import MANIFEST_FORM, LengthBucket, Manifest
