@@ -97,7 +97,8 @@ class Quick:
     ) -> Any:
         """`traced`, the executable at `at`, for the calling thread; None if it is not quick there.
 
-        It is called with what `inputs` gives, and not compiled if a smaller one took too long for that.
+        It is called with what `inputs` gives, and not compiled if a smaller one took so long that
+        it cannot be.
         """
         if not self._may_be or not is_possible() or self._foreseen(at) > QUICK_S:
             return None
