@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from aqt_engine import lengths
-from aqt_engine.arrays import aligned_empty, aligned_zeros
+from aqt_engine.arrays import aligned_empty
 from aqt_engine.manifest import LengthBucket, Manifest, TensorSpec
 
 Array = np.ndarray[Any, Any]
@@ -44,10 +44,6 @@ class Form:
             array[rows:] = 0
             filled.append(array.reshape(tensor.laid_out))
         return filled
-
-    def zeros(self) -> list[Array]:
-        """Inputs of zeros."""
-        return [aligned_zeros(tensor.laid_out, tensor.dtype) for tensor in self.inputs]
 
 
 class Batches:

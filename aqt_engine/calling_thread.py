@@ -7,11 +7,13 @@ begun side by side. So there is a second client, which does not, for executables
 They are compiled to begin one operation after the other too: to wake a thread for one that is ready
 at the same time takes longer than it does. Neither decides about a bit, as the operations are the
 same.
+
+What is quick is told by the bytes that it reads and writes, and not by a clock: so the same is
+compiled in every start, and a cache has it.
 """
 
 import functools
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -19,16 +21,13 @@ import jax
 import numpy as np
 from jaxlib import xla_client
 
-from aqt_engine.batches import Array, At
+from aqt_engine.batches import At
 from aqt_engine.manifest import LengthBucket
 
 Executable = Callable[..., Sequence[jax.Array]]
-QUICK_S = 0.5e-3
-"""Seconds of a call from which on changing threads is little of it."""
-MOST_BYTES = 2**24
-"""Of weights: reading more takes longer than that."""
+QUICK_BYTES = 2**25
+"""Read and written by all operations, before XLA joins any: about half a millisecond."""
 _IN_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-_CALLS = 4
 
 
 def is_possible() -> bool:
@@ -59,25 +58,19 @@ def compiled(traced: Any) -> Any:
         return traced.lower().compile(compiler_options=_IN_ORDER)
 
 
-def seconds(executable: Executable, weights: Sequence[jax.Array], inputs: Sequence[Array]) -> float:
-    """The least of a few calls."""
-    least = math.inf
-    for _ in range(_CALLS):
-        began = time.perf_counter()
-        jax.block_until_ready(executable(weights, inputs))
-        least = min(least, time.perf_counter() - began)
-    return least
+def nbytes_accessed(counted: Any) -> float:
+    """What the operations of a `jax.stages.Lowered` or `Compiled` read and write; a loop's once."""
+    return (counted.cost_analysis() or {}).get("bytes accessed", math.inf)
 
 
 class Quick:
     """Which executables of a program are quick, and the weights as those take them.
 
-    `nbytes` are those of all weights. Where the program is `spread` over devices, none is.
+    Where the program is `spread` over devices, none is.
     """
 
-    def __init__(self, *, nbytes: int, spread: bool):
-        self._may_be = nbytes <= MOST_BYTES and not spread
-        self._took: dict[At, float] = {}
+    def __init__(self, *, spread: bool):
+        self._spread = spread
         self._found: set[At] = set()
         self._shared: dict[LengthBucket, list[jax.Array] | None] = {}
 
@@ -88,41 +81,14 @@ class Quick:
         """Takes that executable to be quick, as it was found to be before."""
         self._found.add(at)
 
-    def compiled(
-        self,
-        at: At,
-        traced: Any,
-        weights: Sequence[jax.Array],
-        inputs: Callable[[], Sequence[Array]],
-    ) -> Any:
-        """`traced`, the executable at `at`, for the calling thread; None if it is not quick there.
-
-        It is called with what `inputs` gives, and not compiled if a smaller one took so long that
-        it cannot be.
-        """
-        if not self._may_be or not is_possible() or self._foreseen(at) > QUICK_S:
-            return None
-        there = self._weights(at[0], weights)
-        if there is None:
-            return None
-        found = compiled(traced)
-        self._took[at] = seconds(found, there, inputs())
-        if self._took[at] > QUICK_S:
-            return None
+    def find(self, at: At, nbytes: float, weights: Sequence[jax.Array]) -> bool:
+        """Whether the executable at `at` is quick, whose operations read and write so much."""
+        if self._spread or not is_possible() or nbytes > QUICK_BYTES:
+            return False
+        if self._weights(at[0], weights) is None:
+            return False
         self.add(at)
-        return found
-
-    def _foreseen(self, at: At) -> float:
-        """Seconds, of what took as long for each of its tiles with less in it; 0 if nothing did."""
-        length_bucket, tiles = at
-        return max(
-            (
-                took * tiles / of
-                for (sizes, of), took in self._took.items()
-                if of <= tiles and all(a <= b for a, b in zip(sizes, length_bucket, strict=True))
-            ),
-            default=0.0,
-        )
+        return True
 
     def weights(
         self, length_bucket: LengthBucket, weights: Sequence[jax.Array]

@@ -51,6 +51,8 @@ _Computed = Callable[[int, LengthBucket, Sequence[Array | jax.Array]], Sequence[
 """Outputs by tiles, length bucket and inputs."""
 _NAME = "forward"
 """Of what is compiled."""
+_JOINED = 8
+"""About how many times less is read and written where XLA has joined operations."""
 _LEAST_MEMORY = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
 """Compiler options, by platform, where XLA has to be told to keep little at once."""
 
@@ -127,7 +129,7 @@ class Program:
         ]
         self._batches = Batches(bundle.manifest, in_tiles=mode is Mode.EXACT)
         self._executables: dict[At, Executable] = {}
-        self._quick = Quick(nbytes=bundle.manifest.nbytes, spread=self._mesh is not None)
+        self._quick = Quick(spread=self._mesh is not None)
         self._gathering: dict[LengthBucket, Executable] = {}
         self.workspace_nbytes = 0
         """Bytes beside the weights that the hungriest of the compiled executables computes in."""
@@ -172,9 +174,16 @@ class Program:
     def _compiled(self, at: At) -> Executable:
         length_bucket, bucket = at
         traced = self._traced_graph(bucket, length_bucket)
-        zeros = self._batches.form(bucket, length_bucket).zeros
-        quick = self._quick.compiled(at, traced, self._weights[length_bucket], zeros)
-        return self._measured(quick or traced.lower().compile(), length_bucket)
+        lowered, usual = traced.lower(), None
+        if self.mode is Mode.EXACT:
+            nbytes = bucket * calling_thread.nbytes_accessed(lowered)
+        else:
+            # What is for any number of rows can be counted only when it is compiled.
+            usual = lowered.compile()
+            nbytes = _JOINED * calling_thread.nbytes_accessed(usual)
+        if self._quick.find(at, nbytes, self._weights[length_bucket]):
+            return self._measured(calling_thread.compiled(traced), length_bucket)
+        return self._measured(usual or lowered.compile(), length_bucket)
 
     def restore(
         self, bucket: int, length_bucket: LengthBucket = (), *, in_calling_thread: bool = False

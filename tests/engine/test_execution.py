@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax import export, lax
 
-from aqt_engine import bundle, graphs
+from aqt_engine import bundle, calling_thread, graphs
 from aqt_engine.arrays import aligned_zeros
 from aqt_engine.convertible import Leaf, Serving
 from aqt_engine.execution import Mode, Program, tile_buckets
@@ -301,6 +301,7 @@ def test_mode_fast_computes_the_whole_batch_at_once(tmp_path):
     fast = Program(loaded, max_rows=8, mode=Mode.FAST)
     assert_same_bits(fast({"x": x})["y"], x - 3.5)
     assert_same_bits(fast({"x": x[:4]})["y"], x[:4] - 1.5)
+    assert fast.in_calling_thread(1) == calling_thread.is_possible()
 
 
 def test_mode_fast_needs_a_graph_for_any_number_of_rows(loaded):
