@@ -27,6 +27,8 @@ from aqt_engine.manifest import LengthBucket
 Executable = Callable[..., Sequence[jax.Array]]
 QUICK_BYTES = 2**25
 """Read and written by all operations, before XLA joins any: about half a millisecond."""
+QUICK_TILES = 8
+"""In a loop over more, beginning operations takes longer than their bytes tell."""
 _IN_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
@@ -83,7 +85,8 @@ class Quick:
 
     def find(self, at: At, nbytes: float, weights: Sequence[jax.Array]) -> bool:
         """Whether the executable at `at` is quick, whose operations read and write so much."""
-        if self._spread or not is_possible() or nbytes > QUICK_BYTES:
+        small = nbytes <= QUICK_BYTES and at[1] <= QUICK_TILES
+        if self._spread or not is_possible() or not small:
             return False
         if self._weights(at[0], weights) is None:
             return False

@@ -89,10 +89,10 @@ def test_what_reads_and_writes_little_in_all_its_tiles_is_computed_there(loaded,
 
 def test_every_program_finds_the_same_to_be_quick(loaded):
     """No clock decides, so that a cache has what the next start compiles."""
-    for program in [Program(loaded, max_rows=8 * TILE) for _ in range(2)]:
+    for program in [Program(loaded, max_rows=16 * TILE) for _ in range(2)]:
         for bucket in program.buckets:
             program.compile(bucket)
-            assert program.in_calling_thread(bucket)
+            assert program.in_calling_thread(bucket) == (bucket <= calling_thread.QUICK_TILES)
 
 
 def test_a_program_computes_there_as_it_does_elsewhere(quick, monkeypatch):
