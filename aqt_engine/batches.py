@@ -29,9 +29,8 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Form:
-    """The tensors of `rows` rows, all that a bucket has, in the order of the signature."""
+    """The tensors of all rows that a bucket has, in the order of the signature."""
 
-    rows: int
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
 
@@ -65,7 +64,7 @@ class Batches:
                 tuple(self._tensor(spec, rows, sizes) for spec in specs)
                 for specs in (self._manifest.inputs, self._manifest.outputs)
             ]
-            self._forms[at] = Form(rows, *tensors)
+            self._forms[at] = Form(*tensors)
         return self._forms[at]
 
     def _tensor(self, spec: TensorSpec, rows: int, sizes: Mapping[str, int]) -> Tensor:
