@@ -1,6 +1,7 @@
 """How a batch lies in memory: the inputs of a bundle's signature as its executables take them."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
 Shape = tuple[int, ...]
 At = tuple[LengthBucket, int]
-"""A batch of so many tiles at a length bucket."""
+"""So many tiles at a length bucket."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,6 +26,11 @@ class Tensor:
     dtype: np.dtype[Any]
     shape: Shape
     laid_out: Shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole bucket."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,11 +78,11 @@ class Batches:
         laid_out = (rows // tile, tile, *of.shape[1:]) if self._in_tiles else of.shape
         return Tensor(spec.name, of.dtype, of.shape, laid_out)
 
-    def empty(self, length_bucket: LengthBucket) -> dict[str, Array]:
-        """The outputs of no rows."""
+    def empty(self, rows: int, length_bucket: LengthBucket) -> dict[str, Array]:
+        """Arrays for the outputs of so many rows."""
         sizes = self._manifest.sizes(length_bucket)
-        empty = {spec.name: spec.with_rows(0, sizes) for spec in self._manifest.outputs}
-        return {name: np.zeros(of.shape, of.dtype) for name, of in empty.items()}
+        empty = {spec.name: spec.with_rows(rows, sizes) for spec in self._manifest.outputs}
+        return {name: np.empty(of.shape, of.dtype) for name, of in empty.items()}
 
     def checked(self, inputs: Arrays) -> tuple[int, dict[str, int]]:
         """The number of rows of `inputs`, and the sizes of the symbolic dimensions.

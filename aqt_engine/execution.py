@@ -7,12 +7,14 @@ same instructions wherever it lies. How many tiles an executable maps over is it
 are powers of two. A model whose signature has symbolic dimensions has a graph, and executables, for
 each of their length buckets.
 
+On a CPU a batch is cut into pieces, which its cores compute at the same time, each in the thread
+that takes it (`pieces`, `calling_thread`): an executable maps over the tiles of a piece there.
+
 Mode FAST gives that up for speed: the whole padded batch is computed at once, and a row's bits may
 depend on how many rows that has.
 
 On a CPU, int8 contractions with weights are computed by a kernel, where there is one (`kernels`),
-and weights are kept as it reads them; what is quick is computed in the thread that calls it
-(`calling_thread`).
+and weights are kept as it reads them.
 
 In mode EXACT a program may have several devices (`layout`): copies of it, each of which takes its
 share of the tiles, and shards of the weights of each. They compute without the kernel. Where the
@@ -22,37 +24,38 @@ with the same inputs in the same order, and each has the whole answer.
 
 import contextlib
 import enum
+import itertools
 import math
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import numpy as np
 from jax import export, lax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from aqt_engine import batches, calling_thread, heap, lengths
+from aqt_engine import batches, calling_thread, heap, lengths, pieces, spreading
 from aqt_engine.batches import Array, Arrays, At, Batches
 from aqt_engine.bundle import Bundle, BundleError
-from aqt_engine.calling_thread import Executable, Quick
 from aqt_engine.kernels import library
-from aqt_engine.layout import COPIES, Layout
+from aqt_engine.layout import Layout
 from aqt_engine.manifest import LengthBucket
+from aqt_engine.pieces import Cut
 from aqt_engine.placement import Packed as Packed
 from aqt_engine.placement import placed
 from aqt_engine.restoration import check_restored, stand_in
+from aqt_engine.spreading import Forward
 
 if TYPE_CHECKING:
     from aqt_engine.kernels.substitution import Substituted
 
 Outputs = dict[str, Array]
-_Computed = Callable[[int, LengthBucket, Sequence[Array | jax.Array]], Sequence[jax.Array]]
-"""Outputs by tiles, length bucket and inputs."""
+Executable = Callable[..., Sequence[jax.Array]]
+_Run = Callable[[Arrays, int, LengthBucket], Outputs]
+"""The outputs for inputs of so many rows, padded to a length bucket."""
+Cuts = Mapping[LengthBucket, Cut]
 _NAME = "forward"
 """Of what is compiled."""
-_JOINED = 8
-"""About how many times less is read and written where XLA has joined operations."""
 _LEAST_MEMORY = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
 """Compiler options, by platform, where XLA has to be told to keep little at once."""
 
@@ -75,14 +78,14 @@ def tile_buckets(max_rows: int, tile: int, layout: Layout = Layout()) -> tuple[i
 
 
 class Program:
-    """A bundle's weights on a device, and its executables by bucket.
+    """A bundle's weights on a device, and its executables by length bucket and tiles.
 
     Calling it is thread-safe, and in mode EXACT exact: each row's answer has the same bits for
     every number of rows, every position and every neighbor. In this mode contractions are computed
     by the int8 kernel where it can, unless `kernel` is False or `layout` is of several devices.
 
-    With `packed`, as another program of the same bundle had it, there are no graphs to compile: all
-    executables have to be restored.
+    With `packed` and `cuts`, as another program of the same bundle had them, there are no graphs to
+    compile: all executables have to be restored.
 
     Raises:
       BundleError: the bundle was lowered for other platforms, or has no graph for mode FAST.
@@ -99,6 +102,7 @@ class Program:
         kernel: bool = True,
         layout: Layout = Layout(),
         packed: Packed | None = None,
+        cuts: Cuts | None = None,
     ):
         platform = jax.default_backend()
         lowered_for = {"gpu": "cuda"}.get(platform, platform)
@@ -111,8 +115,11 @@ class Program:
         self.mode = mode
         if mode is Mode.FAST and layout.devices > 1:
             raise ValueError("mode fast computes on one device: lay it out on one")
-        self.buckets = tile_buckets(max_rows, bundle.manifest.tile, layout)
+        self._buckets = tile_buckets(max_rows, bundle.manifest.tile, layout)
+        self.max_rows = self._buckets[-1] * bundle.manifest.tile
+        """Rows of the largest batch; more are computed in several."""
         self._mesh = layout.mesh() if layout.devices > 1 else None
+        self._in_calling_thread = self._mesh is None and calling_thread.is_possible()
         self._graphs: dict[LengthBucket, export.Exported] = {}
         if packed is None:
             kernel = kernel and mode is Mode.EXACT and self._mesh is None
@@ -129,12 +136,15 @@ class Program:
         ]
         self._batches = Batches(bundle.manifest, in_tiles=mode is Mode.EXACT)
         self._executables: dict[At, Executable] = {}
-        self._quick = Quick(spread=self._mesh is not None)
         self._gathering: dict[LengthBucket, Executable] = {}
         self.workspace_nbytes = 0
-        """Bytes beside the weights that the hungriest of the compiled executables computes in."""
+        """Bytes beside the weights that the hungriest batch of what is compiled takes."""
         self._compiling = threading.Lock()
+        self.cuts = cuts or {}
+        """How batches of each length bucket are cut into pieces."""
         self._weights = self._placed(bundle)
+        if cuts is None:
+            self.cuts = {of: self._cut(of) for of in bundle.manifest.length_buckets}
 
     @contextlib.contextmanager
     def set_aside(self, bundle: Bundle) -> Generator[None]:
@@ -143,7 +153,6 @@ class Program:
         The program is not called meanwhile.
         """
         self._weights = {}
-        self._quick.drop_weights()
         heap.give_back()
         try:
             yield
@@ -153,42 +162,33 @@ class Program:
 
     def _placed(self, bundle: Bundle) -> dict[LengthBucket, list[jax.Array]]:
         """The weights of `bundle`, as the executables take them."""
-        return placed(bundle.weights, self._places, self.packed)
+        with self._chosen():
+            return placed(bundle.weights, self._places, self.packed)
 
-    @property
-    def max_rows(self) -> int:
-        """Rows that the largest bucket holds."""
-        return self.buckets[-1] * self.manifest.tile
+    def _chosen(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it this thread places and lowers for the device that computes."""
+        return calling_thread.chosen() if self._in_calling_thread else contextlib.nullcontext()
 
-    def compile(self, bucket: int, length_bucket: LengthBucket = ()) -> None:
-        """Compiles the executable for `bucket` tiles, unless it is there already."""
+    def _cut(self, length_bucket: LengthBucket) -> Cut:
+        if self.mode is Mode.FAST or not self._in_calling_thread:
+            return pieces.whole(self._buckets)
+        nbytes = pieces.nbytes_accessed(self._lowered_graph(1, length_bucket))
+        return pieces.cut(nbytes, self._buckets[-1], pieces.threads())
+
+    def sizes(self, length_bucket: LengthBucket = ()) -> tuple[int, ...]:
+        """The numbers of tiles that there are executables for, ascending."""
+        return self.cuts[length_bucket].sizes
+
+    def compile(self, size: int, length_bucket: LengthBucket = ()) -> None:
+        """Compiles the executable for `size` tiles, unless it is there already."""
         with self._compiling:
-            if (at := (length_bucket, bucket)) not in self._executables:
-                self._executables[at] = self._compiled(at)
+            if (at := (length_bucket, size)) not in self._executables:
+                compiled = self._compiled(self._lowered_graph(size, length_bucket))
+                self._executables[at] = self._measured(compiled, at)
                 heap.give_back()
 
-    def in_calling_thread(self, bucket: int, length_bucket: LengthBucket = ()) -> bool:
-        """Whether the executable for `bucket` tiles, which is there, computes in that thread."""
-        return (length_bucket, bucket) in self._quick
-
-    def _compiled(self, at: At) -> Executable:
-        length_bucket, bucket = at
-        traced = self._traced_graph(bucket, length_bucket)
-        lowered, usual = traced.lower(), None
-        if self.mode is Mode.EXACT:
-            nbytes = bucket * calling_thread.nbytes_accessed(lowered)
-        else:
-            # What is for any number of rows can be counted only when it is compiled.
-            usual = lowered.compile()
-            nbytes = _JOINED * calling_thread.nbytes_accessed(usual)
-        if self._quick.find(at, nbytes, self._weights[length_bucket]):
-            return self._measured(calling_thread.compiled(traced), length_bucket)
-        return self._measured(usual or lowered.compile(), length_bucket)
-
-    def restore(
-        self, bucket: int, length_bucket: LengthBucket = (), *, in_calling_thread: bool = False
-    ) -> None:
-        """Takes the executable for `bucket` tiles from the compilation cache, whatever was there.
+    def restore(self, size: int, length_bucket: LengthBucket = ()) -> None:
+        """Takes the executable for `size` tiles from the compilation cache, whatever was there.
 
         The cache has to be made to give it: JAX asks for a stand-in's (`restoration`). It computes
         the bits of the one that was compiled, as it is the same code. The program is on one device;
@@ -197,7 +197,7 @@ class Program:
         Raises:
           NotRestoredError: the cache gave nothing, or something else.
         """
-        batch = self._batches.form(bucket, length_bucket)
+        batch = self._batches.form(size, length_bucket)
         placeholder = stand_in(
             [jax.ShapeDtypeStruct(of.laid_out, of.dtype) for of in batch.outputs]
         )
@@ -208,21 +208,22 @@ class Program:
             else jax.ShapeDtypeStruct(spec.shape, spec.dtype)
             for i, spec in enumerate(self.manifest.weights)
         ]
-        traced = self._traced(placeholder, weights, batch)
-        found = calling_thread.compiled(traced) if in_calling_thread else traced.lower().compile()
+        found = self._compiled(self._lowered(placeholder, weights, batch))
         check_restored(found, _NAME)
-        at = length_bucket, bucket
         with self._compiling:
-            if in_calling_thread:
-                self._quick.add(at)
-            self._executables[at] = found
+            self._executables[length_bucket, size] = found
 
-    def _traced_graph(self, bucket: int, length_bucket: LengthBucket) -> Any:
-        batch = self._batches.form(bucket, length_bucket)
+    def _compiled(self, lowered: Any) -> Any:
+        if self._in_calling_thread:
+            return calling_thread.compiled(lowered)
+        return lowered.compile()
+
+    def _lowered_graph(self, size: int, length_bucket: LengthBucket) -> Any:
+        batch = self._batches.form(size, length_bucket)
         graph = self._graphs[length_bucket]
 
-        def forward(weights: list[jax.Array], inputs: list[jax.Array]) -> list[jax.Array]:
-            def at_once(rows: list[jax.Array]) -> list[jax.Array]:
+        def forward(weights: Sequence[jax.Array], inputs: Sequence[jax.Array]) -> list[jax.Array]:
+            def at_once(rows: Sequence[jax.Array]) -> list[jax.Array]:
                 return list(graph.call(weights, rows))
 
             if self.mode is Mode.FAST:
@@ -230,96 +231,68 @@ class Program:
             return cast(list[jax.Array], lax.map(at_once, inputs))
 
         forward.__name__ = _NAME
-        return self._traced(forward, self._weights[length_bucket], batch)
+        return self._lowered(forward, self._weights[length_bucket], batch)
 
-    def _compiled_to_gather(self, bucket: int, length_bucket: LengthBucket) -> Executable:
+    def _compiled_to_gather(self, length_bucket: LengthBucket) -> Executable:
         with self._compiling:
             if length_bucket not in self._gathering:
                 graph = self._graphs[length_bucket]
 
-                def forward(weights: list[jax.Array], inputs: list[jax.Array]) -> list[jax.Array]:
+                def forward(
+                    weights: Sequence[jax.Array], inputs: Sequence[jax.Array]
+                ) -> list[jax.Array]:
                     return [y[None] for y in graph.call(weights, [x[0] for x in inputs])]
 
-                batch = self._batches.form(bucket, length_bucket)
+                batch = self._batches.form(self._buckets[0], length_bucket)
                 weights = self._weights[length_bucket]
-                traced = self._traced(forward, weights, batch, gathered=True)
-                self._gathering[length_bucket] = traced.lower().compile(
+                lowered = self._lowered(forward, weights, batch, gathered=True)
+                self._gathering[length_bucket] = lowered.compile(
                     compiler_options=_LEAST_MEMORY.get(jax.default_backend())
                 )
                 heap.give_back()
             return self._gathering[length_bucket]
 
-    def _measured(self, compiled: Any, length_bucket: LengthBucket) -> Executable:
+    def _measured(self, compiled: Any, at: At) -> Executable:
+        length_bucket, size = at
         if told := compiled.memory_analysis():
             taken = (
                 told.argument_size_in_bytes + told.output_size_in_bytes + told.temp_size_in_bytes
             )
             weights = self._weights[length_bucket]
             beside = taken - sum(_nbytes_of_one(w) for w in weights)
-            self.workspace_nbytes = max(self.workspace_nbytes, beside)
+            largest = self._buckets[-1]
+            at_once = min(self.cuts[length_bucket].threads, math.ceil(largest / size))
+            answer = self._batches.form(largest, length_bucket).outputs if at_once > 1 else ()
+            together = at_once * beside + sum(of.nbytes for of in answer)
+            self.workspace_nbytes = max(self.workspace_nbytes, together)
         return compiled
 
-    def _traced(
+    def _lowered(
         self,
-        forward: Callable[..., list[jax.Array]],
+        forward: Forward,
         weights: Sequence[jax.Array | jax.ShapeDtypeStruct],
         batch: batches.Form,
         *,
         gathered: bool = False,
     ) -> Any:
-        """`forward` for the inputs of `batch`, over the devices that there are.
-
-        It is given weights as they are spread, or `gathered`: whole.
-        """
-        if self._mesh is None:
-            structs = [jax.ShapeDtypeStruct(of.laid_out, of.dtype) for of in batch.inputs]
+        if self._mesh is not None:
+            return spreading.lowered(forward, weights, batch, self._mesh, gathered=gathered)
+        structs = [jax.ShapeDtypeStruct(of.laid_out, of.dtype) for of in batch.inputs]
+        with self._chosen():
             # With what a graph does not use too, so that all of one signature are called alike.
-            return jax.jit(forward, keep_unused=True).trace(weights, structs)
-        tiles = PartitionSpec(COPIES)
-        sharding = NamedSharding(self._mesh, tiles)
-        structs = [
-            jax.ShapeDtypeStruct(of.laid_out, of.dtype, sharding=sharding) for of in batch.inputs
-        ]
-        mapped = jax.shard_map(
-            forward,
-            mesh=self._mesh,
-            in_specs=(PartitionSpec(), tiles),
-            out_specs=tiles,
-            axis_names={COPIES},
-            check_vma=False,
-        )
-        # A process reads only what lies on its own devices.
-        whole = NamedSharding(self._mesh, PartitionSpec())
-        read = sharding if jax.process_count() == 1 else whole
-
-        def forward_gathered(weights: list[jax.Array], inputs: list[jax.Array]) -> list[jax.Array]:
-            return mapped([lax.with_sharding_constraint(w, whole) for w in weights], inputs)
-
-        laid_out = forward_gathered if gathered else mapped
-        return jax.jit(laid_out, out_shardings=read).trace(weights, structs)
-
-    def _given(self, arrays: list[Array]) -> Sequence[Array | jax.Array]:
-        """`arrays` as an executable over the devices that there are takes them."""
-        if self._mesh is None or jax.process_count() == 1:
-            return arrays
-        sharding = NamedSharding(self._mesh, PartitionSpec(COPIES))
-        return [
-            jax.make_array_from_callback(array.shape, sharding, lambda part, a=array: a[part])
-            for array in arrays
-        ]
+            return jax.jit(forward, keep_unused=True).lower(weights, structs)
 
     def __call__(self, inputs: Arrays) -> Outputs:
         """The outputs for `inputs`: by name, each of shape (rows, ...), the same rows for all.
 
         Symbolic dimensions are padded to their bucket, and cut back in the outputs. More rows than
-        the largest bucket holds are computed in several calls; a bucket that was not compiled yet
-        is compiled now.
+        the largest batch holds are computed in several; what was not compiled yet is compiled now.
 
         Raises:
           ValueError: the inputs are not those of the signature, in names, dtypes or shapes, or
             too long.
         """
-        return self._in_calls(inputs, self.max_rows, self._computed)
+        return self._in_calls(inputs, self.max_rows, self._in_pieces)
 
     def gathered(self, inputs: Arrays) -> Outputs:
         """What a program over several shards has to answer, computed of whole weights.
@@ -330,39 +303,30 @@ class Program:
         Raises:
           ValueError: as of a call.
         """
-        rows = self.buckets[0] * self.manifest.tile
-        return self._in_calls(inputs, rows, self._computed_gathered)
 
-    def _computed(
-        self, bucket: int, length_bucket: LengthBucket, inputs: Sequence[Array | jax.Array]
-    ) -> Sequence[jax.Array]:
-        at = length_bucket, bucket
-        if at not in self._executables:
-            self.compile(bucket, length_bucket)
-        weights: Sequence[jax.Array] = self._weights[length_bucket]
-        if at in self._quick:
-            weights = self._quick.weights(length_bucket, weights)
-        return self._executables[at](weights, inputs)
+        def run(inputs: Arrays, rows: int, length_bucket: LengthBucket) -> Outputs:
+            executable = self._compiled_to_gather(length_bucket)
+            weights = self._weights[length_bucket]
+            batch = self._batches.form(self._buckets[0], length_bucket)
+            return self._run(executable, weights, batch, inputs, rows)
 
-    def _computed_gathered(
-        self, bucket: int, length_bucket: LengthBucket, inputs: Sequence[Array | jax.Array]
-    ) -> Sequence[jax.Array]:
-        executable = self._compiled_to_gather(bucket, length_bucket)
-        return executable(self._weights[length_bucket], inputs)
+        return self._in_calls(inputs, self._buckets[0] * self.manifest.tile, run)
 
-    def _in_calls(self, inputs: Arrays, most: int, computed: _Computed) -> Outputs:
-        """The outputs for `inputs`, of which `most` rows are computed at once."""
+    def _in_calls(self, inputs: Arrays, most: int, run: _Run) -> Outputs:
+        """The outputs for `inputs`, of which `most` rows are run at once."""
         rows, sizes = self._batches.checked(inputs)
         length_bucket = lengths.smallest(self.manifest, sizes)
         if sizes:
             inputs = lengths.pad(self.manifest, inputs, length_bucket)
-        if rows <= most:
-            outputs = self._run(inputs, rows, length_bucket, computed)
+        if rows == 0:
+            outputs = self._batches.empty(0, length_bucket)
+        elif rows <= most:
+            outputs = run(inputs, rows, length_bucket)
         else:
             starts = range(0, rows, most)
             parts = [{k: x[start : start + most] for k, x in inputs.items()} for start in starts]
             chunks = [
-                self._run(part, min(most, rows - start), length_bucket, computed)
+                run(part, min(most, rows - start), length_bucket)
                 for part, start in zip(parts, starts, strict=True)
             ]
             outputs = {
@@ -370,16 +334,42 @@ class Program:
             }
         return lengths.cut(self.manifest, outputs, sizes) if sizes else outputs
 
-    def _run(
-        self, inputs: Arrays, rows: int, length_bucket: LengthBucket, computed: _Computed
-    ) -> Outputs:
-        if rows == 0:
-            return self._batches.empty(length_bucket)
+    def _in_pieces(self, inputs: Arrays, rows: int, length_bucket: LengthBucket) -> Outputs:
         tile = self.manifest.tile
-        bucket = next(b for b in self.buckets if b * tile >= rows)
-        batch = self._batches.form(bucket, length_bucket)
-        given = self._given(batch.filled(inputs, rows))
-        answers = computed(bucket, length_bucket, given)
+        sizes = self.cuts[length_bucket].pieces(math.ceil(rows / tile))
+        if len(sizes) == 1:
+            return self._piece(inputs, rows, (length_bucket, sizes[0]))
+        ends = [tile * tiles for tiles in itertools.accumulate(sizes)]
+        outputs = self._batches.empty(rows, length_bucket)
+
+        def piece(number: int) -> None:
+            size = sizes[number]
+            of = slice(ends[number] - size * tile, min(rows, ends[number]))
+            part = {name: array[of] for name, array in inputs.items()}
+            answer = self._piece(part, of.stop - of.start, (length_bucket, size))
+            for name, array in answer.items():
+                outputs[name][of] = array
+
+        pieces.compute(piece, len(sizes))
+        return outputs
+
+    def _piece(self, inputs: Arrays, rows: int, at: At) -> Outputs:
+        length_bucket, size = at
+        if at not in self._executables:
+            self.compile(size, length_bucket)
+        batch = self._batches.form(size, length_bucket)
+        return self._run(self._executables[at], self._weights[length_bucket], batch, inputs, rows)
+
+    def _run(
+        self,
+        executable: Executable,
+        weights: Sequence[jax.Array],
+        batch: batches.Form,
+        inputs: Arrays,
+        rows: int,
+    ) -> Outputs:
+        filled = batch.filled(inputs, rows)
+        answers = executable(weights, spreading.given(filled, self._mesh) if self._mesh else filled)
         return {
             tensor.name: np.asarray(answer).reshape(tensor.shape)[:rows]
             for tensor, answer in zip(batch.outputs, answers, strict=True)

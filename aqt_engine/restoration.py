@@ -10,11 +10,13 @@ A stand-in computes nothing that anybody wants. Where the cache has given nothin
 not read, JAX compiles it; so the name of what has come is looked at before it is taken.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from aqt_engine.spreading import Forward
 
 _NAME = "aqt_stand_in"
 
@@ -23,12 +25,10 @@ class NotRestoredError(Exception):
     """The compilation cache did not give an executable in the place of a stand-in."""
 
 
-def stand_in(
-    results: Sequence[jax.ShapeDtypeStruct],
-) -> Callable[[list[jax.Array], list[jax.Array]], list[jax.Array]]:
+def stand_in(results: Sequence[jax.ShapeDtypeStruct]) -> Forward:
     """A function of weights and inputs that gives zeros of the shapes and dtypes of `results`."""
 
-    def zeros(weights: list[jax.Array], inputs: list[jax.Array]) -> list[jax.Array]:
+    def zeros(weights: Sequence[jax.Array], inputs: Sequence[jax.Array]) -> list[jax.Array]:
         return [jnp.zeros(of.shape, of.dtype) for of in results]
 
     zeros.__name__ = zeros.__qualname__ = _NAME

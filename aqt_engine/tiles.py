@@ -1,6 +1,7 @@
 """The tile is chosen by measurement: what a lone row costs, and what a row costs under load."""
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 from jax import export, lax
 
-from aqt_engine import calling_thread, graphs
+from aqt_engine import calling_thread, graphs, pieces
 from aqt_engine.convertible import Serving
 from aqt_engine.kernels.packing import Packing
 from aqt_engine.kernels.substitution import Substituted, substituted
@@ -39,11 +40,11 @@ def measured(
     A tile is paid twice: a request of one row computes a whole tile, which speaks for small ones;
     under load, 64 rows are computed as tiles one after the other, which speaks for large ones. The
     cost is the larger of the two times, each in multiples of the shortest that any candidate has:
-    what a tile takes longer at most, whether few ask or many. On a CPU all are computed in the
-    calling thread, as a server does with those that take so little that it matters.
+    what a tile takes longer at most, whether few ask or many. On a CPU they are cut into pieces as
+    a server does (`pieces`).
     """
     possible = calling_thread.is_possible()
-    with jax.default_device(calling_thread.device()) if possible else contextlib.nullcontext():
+    with calling_thread.chosen() if possible else contextlib.nullcontext():
         return _measured(serving, inputs, timer or best_times, candidates)
 
 
@@ -58,9 +59,9 @@ def _measured(
     tiles = {tile: math.ceil(_LOAD_ROWS / tile) for tile in candidates}
     took = timer(
         [
-            _runs(forward, weights, inputs, tile, count)
+            run
             for tile in candidates
-            for count in (1, tiles[tile])
+            for run in _runs(forward, weights, inputs, tile, (1, tiles[tile]))
         ]
     )
     seconds = {
@@ -124,15 +125,19 @@ def _runs(
     weights: _Weights,
     inputs: Mapping[str, np.ndarray[Any, Any]],
     tile: int,
-    tiles: int,
-) -> Callable[[], None]:
-    """A call that computes `tiles` tiles as a server does, and waits for them."""
-    structs = {
-        name: jax.ShapeDtypeStruct((tile, *array.shape[1:]), array.dtype)
-        for name, array in inputs.items()
-    }
-    graph = export.export(jax.jit(forward))(weights.values, structs)
+    counts: Sequence[int],
+) -> list[Callable[[], None]]:
+    """Calls that compute so many tiles as a server does, and wait for them."""
+
+    def rows(*shape: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {
+            name: jax.ShapeDtypeStruct((*shape, *array.shape[1:]), array.dtype)
+            for name, array in inputs.items()
+        }
+
+    graph = export.export(jax.jit(forward))(weights.values, rows(tile))
     served = substituted(graph, len(weights.values))
+    placed = weights.taken_by(served)
 
     @jax.jit
     def mapped(weights: Sequence[jax.Array], batch: dict[str, jax.Array]) -> Any:
@@ -141,13 +146,32 @@ def _runs(
 
         return lax.map(at_tile, batch)
 
-    placed = weights.taken_by(served)
-    batch = {
-        name: jax.device_put(np.resize(array, (tiles, tile, *array.shape[1:])))
-        for name, array in inputs.items()
-    }
+    possible = calling_thread.is_possible()
 
-    def run() -> None:
-        jax.block_until_ready(mapped(placed, batch))
+    @functools.cache
+    def compiled(size: int) -> Callable[..., Any]:
+        lowered = mapped.lower(placed, rows(size, tile))
+        return calling_thread.compiled(lowered) if possible else lowered.compile()
 
-    return run
+    def run(tiles: int) -> Callable[[], None]:
+        cut = pieces.whole((tiles,))
+        if possible:
+            nbytes = pieces.nbytes_accessed(mapped.lower(placed, rows(1, tile)))
+            cut = pieces.cut(nbytes, tiles, pieces.threads())
+        sizes = cut.pieces(tiles)
+        batches = [
+            {
+                name: jax.device_put(np.resize(array, (size, tile, *array.shape[1:])))
+                for name, array in inputs.items()
+            }
+            for size in sizes
+        ]
+        for size in sizes:
+            compiled(size)
+
+        def piece(number: int) -> None:
+            jax.block_until_ready(compiled(sizes[number])(placed, batches[number]))
+
+        return lambda: pieces.compute(piece, len(sizes))
+
+    return [run(tiles) for tiles in counts]

@@ -63,10 +63,10 @@ class Executor:
         self._in_64_bits = any(np.dtype(spec.dtype).itemsize == 8 for spec in arrays)
         self.executables: tuple[Executable, ...] = ()
         """Where its executables lie, if `records` keep them."""
-        packed = {"packed": restored.packed} if restored else {}
+        known = {"packed": restored.packed, "cuts": restored.cuts} if restored else {}
         with jax.enable_x64(self._in_64_bits):
             self._program = program(
-                loaded, max_rows=max_batch_rows, mode=mode, kernel=kernel, layout=layout, **packed
+                loaded, max_rows=max_batch_rows, mode=mode, kernel=kernel, layout=layout, **known
             )
             if restored:
                 self.executables = restored.executables
@@ -74,16 +74,19 @@ class Executor:
                 self.executables = records.compile(self._program)
             else:
                 for length_bucket in manifest.length_buckets:
-                    for bucket in self._program.buckets:
-                        self._program.compile(bucket, length_bucket)
-        self.bucket_rows = tuple(b * manifest.tile for b in self._program.buckets)
-        """Numbers of rows that are computed at once, ascending; others are padded to the next."""
+                    for size in self._program.sizes(length_bucket):
+                        self._program.compile(size, length_bucket)
+        buckets = tile_buckets(max_batch_rows, manifest.tile, layout)
+        self.bucket_rows = tuple(bucket * manifest.tile for bucket in buckets)
+        """Numbers of rows that fill their tiles, ascending, up to that of the largest batch."""
         self.workspace_nbytes = (restored or self._program).workspace_nbytes
         """Bytes beside the weights that it computes in."""
         self.weights_nbytes = sum(map(layout.nbytes_here, manifest.weights))
         """Bytes of the weights in the memory of a device."""
         self.packed = self._program.packed
         """The weights that it keeps packed."""
+        self.cuts = self._program.cuts
+        """How its batches are cut into pieces."""
         self.kernel = self._program.kernel
         """The instruction set of the int8 kernel that it computes with; None without one."""
 
@@ -264,6 +267,7 @@ def load(
                 of=of,
                 executables=executor.executables,
                 packed_weights=kept.packed_weights(executor.packed),
+                cut_batches=kept.cut_batches(executor.cuts),
                 workspace_nbytes=executor.workspace_nbytes,
                 trials=found.passed,
                 whole=found.whole,

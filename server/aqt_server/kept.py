@@ -34,15 +34,16 @@ from jaxlib import version as jaxlib_version
 import aqt_engine
 from aqt_engine.batches import At
 from aqt_engine.bundle import Bundle
-from aqt_engine.execution import Packed, Program
+from aqt_engine.execution import Cuts, Packed, Program
 from aqt_engine.kernels import library
 from aqt_engine.kernels.packing import Packing
 from aqt_engine.manifest import MANIFEST_FORM, LengthBucket, Manifest
+from aqt_engine.pieces import Cut
 from aqt_engine.restoration import NotRestoredError
 from aqt_server.compiled import Entries, given, noted
 
 _log = logging.getLogger(__name__)
-_FORM = 2
+_FORM = 3
 _CODE = ("*.py", "kernels/*.py", "kernels/native/*.so")
 _VARIABLES = ("AQT_KERNELS", "JAX_", "XLA_", "LIBTPU_", "TF_", "CUDA_", "NVIDIA_")
 # By these /proc/cpuinfo tells one model, and what it can do, from another: of x86, and of ARM.
@@ -52,21 +53,12 @@ _OF_ARM = ("CPU ", "Features")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Executable:
-    """That for `bucket` tiles at a length bucket, and where it lies."""
+    """That for `size` tiles at a length bucket, and where it lies."""
 
     length_bucket: LengthBucket
-    bucket: int
+    size: int
     key: str
     sha256: str
-    in_calling_thread: bool
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Value:
-    """An executable as it lies on the disk."""
-
-    content: bytes
-    in_calling_thread: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,6 +68,14 @@ class PackedWeight:
     length_bucket: LengthBucket
     index: int
     packing: Packing
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CutBatches:
+    """How the batches of a length bucket are cut into pieces."""
+
+    length_bucket: LengthBucket
+    cut: Cut
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +89,7 @@ class Kept:
     of: str
     executables: tuple[Executable, ...]
     packed_weights: tuple[PackedWeight, ...]
+    cut_batches: tuple[CutBatches, ...]
     workspace_nbytes: int
     trials: int
     whole: bool
@@ -97,12 +98,15 @@ class Kept:
     @property
     def packed(self) -> Packed:
         """The weights that each graph takes packed."""
-        found: dict[LengthBucket, dict[int, Packing]] = {
-            one.length_bucket: {} for one in self.executables
-        }
+        found: dict[LengthBucket, dict[int, Packing]] = {of: {} for of in self.cuts}
         for weight in self.packed_weights:
             found[weight.length_bucket][weight.index] = weight.packing
         return found
+
+    @property
+    def cuts(self) -> Cuts:
+        """How the batches of each length bucket are cut."""
+        return {one.length_bucket: one.cut for one in self.cut_batches}
 
 
 _FORM_OF_RECORD = pydantic.TypeAdapter(Kept)
@@ -134,18 +138,18 @@ class Records:
         """Removes the record `of` that."""
         self._entries.remove(_key(of))
 
-    def values(self, kept: Kept) -> dict[At, Value]:
+    def values(self, kept: Kept) -> dict[At, bytes]:
         """The executables of a version, as they lie on the disk.
 
         Raises:
           NotRestoredError: one is not what it was.
         """
-        values: dict[At, Value] = {}
+        values: dict[At, bytes] = {}
         for one in kept.executables:
             content = self._entries.read(one.key)
             if content is None or hashlib.sha256(content).hexdigest() != one.sha256:
                 raise NotRestoredError(f"the executable {one.key} is not what it was")
-            values[one.length_bucket, one.bucket] = Value(content, one.in_calling_thread)
+            values[one.length_bucket, one.size] = content
         return values
 
     def compile(self, program: Program) -> tuple[Executable, ...]:
@@ -160,15 +164,13 @@ class Records:
             value = self._entries.read(asked[-1]) if asked else None
             if value is None:
                 continue
-            in_calling_thread = program.in_calling_thread(at[1], at[0])
             try:
                 with given(value):
-                    program.restore(at[1], at[0], in_calling_thread=in_calling_thread)
+                    program.restore(at[1], at[0])
             except NotRestoredError as error:
                 _log.warning("the next start compiles again what it cannot read: %s", error)
                 continue
-            sha256 = hashlib.sha256(value).hexdigest()
-            found.append(Executable(*at, asked[-1], sha256, in_calling_thread))
+            found.append(Executable(*at, asked[-1], hashlib.sha256(value).hexdigest()))
         return tuple(found) if len(found) == len(_all(program)) else ()
 
 
@@ -184,7 +186,7 @@ class Restored(Program):
         self,
         bundle: Bundle,
         *,
-        values: Mapping[At, Value],
+        values: Mapping[At, bytes],
         **arguments: Any,
     ):
         self._values = dict(values)
@@ -201,24 +203,24 @@ class Restored(Program):
 
             def first() -> None:
                 with jax.enable_x64(in_64_bits):
-                    self.compile(self.buckets[0], self.manifest.length_buckets[0])
+                    of = self.manifest.length_buckets[0]
+                    self.compile(self.sizes(of)[0], of)
 
             read = beside.submit(first)
             placed = super()._placed(bundle)
             read.result()
         return placed
 
-    def compile(self, bucket: int, length_bucket: LengthBucket = ()) -> None:
-        """Reads the executable for `bucket` tiles, unless that was done, and compiles none."""
-        at = (length_bucket, bucket)
+    def compile(self, size: int, length_bucket: LengthBucket = ()) -> None:
+        """Reads the executable for `size` tiles, unless that was done, and compiles none."""
+        at = (length_bucket, size)
         # Without waiting for another that is being read.
         if at not in self._values:
             return
         with self._reading[at]:
             if at in self._values:
-                value = self._values[at]
-                with given(value.content):
-                    self.restore(bucket, length_bucket, in_calling_thread=value.in_calling_thread)
+                with given(self._values[at]):
+                    self.restore(size, length_bucket)
                 del self._values[at]
 
 
@@ -229,6 +231,11 @@ def packed_weights(packed: Packed) -> tuple[PackedWeight, ...]:
         for of, weights in packed.items()
         for index, packing in weights.items()
     )
+
+
+def cut_batches(cuts: Cuts) -> tuple[CutBatches, ...]:
+    """The same as `Kept.cuts` has it."""
+    return tuple(CutBatches(of, cut) for of, cut in cuts.items())
 
 
 def identity(manifest: Manifest, tile_buckets: Sequence[int]) -> str | None:
@@ -280,7 +287,7 @@ def _digest_of_code(engine: Path) -> str:
 
 
 def _all(program: Program) -> list[At]:
-    return [(of, bucket) for of in program.manifest.length_buckets for bucket in program.buckets]
+    return [(of, size) for of in program.manifest.length_buckets for size in program.sizes(of)]
 
 
 def _key(of: str) -> str:

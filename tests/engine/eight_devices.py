@@ -63,8 +63,8 @@ def sharded(loaded, alone):
         text = program._gathering[()].as_text()
         gathers = text.count(" all-gather(")
         others = sum(text.count(f" {kind}(") for kind in ("all-reduce", "reduce-scatter"))
-        program.compile(program.buckets[0])
-        text = program._executables[(), program.buckets[0]].as_text()
+        program.compile(program.sizes()[0])
+        text = program._executables[(), program.sizes()[0]].as_text()
         sums = re.findall(r"= \(?(\w+)\[\S* all-reduce\(", text)
         weights = {
             w.name: x.addressable_shards[0].data.nbytes / x.nbytes

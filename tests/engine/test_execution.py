@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax import export, lax
 
-from aqt_engine import bundle, calling_thread, graphs
+from aqt_engine import bundle, calling_thread, graphs, pieces
 from aqt_engine.arrays import aligned_zeros
 from aqt_engine.convertible import Leaf, Serving
 from aqt_engine.execution import Mode, Program, tile_buckets
@@ -26,6 +26,7 @@ FEATURES = 48
 CLASSES = 5
 POOL = 60
 BOUND_S = 120.0
+CUT = "cut into pieces"
 
 
 def sensitive(weights, inputs):
@@ -112,8 +113,21 @@ def alone(loaded):
 
 @pytest.fixture(scope="module")
 def programs(loaded):
-    """For all rows in one call, and for two tiles at most, so that larger batches are divided."""
-    return {max_rows: Program(loaded, max_rows=max_rows) for max_rows in (100, 2 * TILE)}
+    """For all rows at once, and for two tiles, so that larger batches are divided; cut for three.
+
+    Those of CUT have pieces of up to four tiles, where there is a CPU that computes them.
+    """
+    found = {max_rows: Program(loaded, max_rows=max_rows) for max_rows in (100, 2 * TILE)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "ALONE_NBYTES", 0)
+        patch.setattr(pieces, "threads", lambda: 3)
+        return found | {CUT: Program(loaded, max_rows=15 * TILE)}
+
+
+def test_batches_are_cut_into_pieces(programs):
+    assert programs[CUT].sizes() == (
+        (1, 2, 4) if calling_thread.is_possible() else (1, 2, 4, 8, 16)
+    )
 
 
 def assert_answers(program, alone, rows):
@@ -124,7 +138,7 @@ def assert_answers(program, alone, rows):
         assert array.shape == alone[name][rows].shape
 
 
-@pytest.mark.parametrize("max_rows", [100, 2 * TILE])
+@pytest.mark.parametrize("max_rows", [100, 2 * TILE, CUT])
 def test_bits_do_not_depend_on_the_batch(programs, alone, max_rows):
     @hypothesis.given(st.lists(st.integers(0, POOL - 1), max_size=100))
     def check(rows):
@@ -141,7 +155,7 @@ def test_weights_that_were_set_aside_come_back(loaded, alone):
     assert_answers(program, alone, np.arange(TILE))
 
 
-@pytest.mark.parametrize("max_rows", [100, 2 * TILE])
+@pytest.mark.parametrize("max_rows", [100, 2 * TILE, CUT])
 def test_every_number_of_rows_is_answered(programs, alone, max_rows):
     rng = np.random.default_rng(2)
     for count in range(101):
@@ -188,8 +202,9 @@ def test_rows_in_any_layout(programs, alone):
         assert_same_bits(array, alone[name][::-1])
 
 
-def test_eight_threads_on_one_program(programs, alone):
-    in_eight_threads(programs[100], alone)
+@pytest.mark.parametrize("max_rows", [100, CUT])
+def test_eight_threads_on_one_program(programs, alone, max_rows):
+    in_eight_threads(programs[max_rows], alone)
 
 
 def test_eight_threads_on_a_program_that_has_compiled_nothing(loaded, alone):
@@ -213,8 +228,10 @@ def in_eight_threads(program, alone):
 def test_a_bucket_is_compiled_once(loaded, monkeypatch):
     program = Program(loaded, max_rows=8)
     lowered = []
-    jit = jax.jit
-    monkeypatch.setattr(jax, "jit", lambda *args, **kw: lowered.append(args) or jit(*args, **kw))
+    lower = Program._lowered_graph
+    monkeypatch.setattr(
+        Program, "_lowered_graph", lambda self, *of: lowered.append(of) or lower(self, *of)
+    )
     program.compile(1)
     program.compile(1)
     program({name: array[:3] for name, array in pool().items()})
@@ -236,9 +253,10 @@ def test_buckets_are_powers_of_two_and_just_hold_the_rows(max_rows, tile):
     ("max_rows", "buckets"),
     [(1, (1,)), (4, (1,)), (5, (1, 2)), (16, (1, 2, 4)), (17, (1, 2, 4, 8))],
 )
-def test_buckets_of_a_program(loaded, max_rows, buckets):
+def test_executables_of_a_program(loaded, max_rows, buckets):
+    """So small a model is computed at once, and not in pieces."""
     program = Program(loaded, max_rows=max_rows)
-    assert program.buckets == buckets
+    assert program.sizes() == buckets
     assert program.max_rows == buckets[-1] * TILE
 
 
@@ -265,7 +283,7 @@ def test_another_platform_is_refused(loaded, monkeypatch, device, platforms, mes
 
 def test_a_gpu_takes_what_was_lowered_for_cuda(loaded, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert Program(lowered_for(loaded, "cuda"), max_rows=8).buckets == (1, 2)
+    assert Program(lowered_for(loaded, "cuda"), max_rows=8).sizes() == (1, 2)
 
 
 def test_mode_fast_computes_the_whole_batch_at_once(tmp_path):
@@ -301,7 +319,6 @@ def test_mode_fast_computes_the_whole_batch_at_once(tmp_path):
     fast = Program(loaded, max_rows=8, mode=Mode.FAST)
     assert_same_bits(fast({"x": x})["y"], x - 3.5)
     assert_same_bits(fast({"x": x[:4]})["y"], x[:4] - 1.5)
-    assert fast.in_calling_thread(1) == calling_thread.is_possible()
 
 
 def test_mode_fast_needs_a_graph_for_any_number_of_rows(loaded):

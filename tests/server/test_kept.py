@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from aqt_engine import bundle, calling_thread
-from aqt_engine.execution import Mode, Program
+from aqt_engine import bundle, pieces
+from aqt_engine.execution import Mode, Program, tile_buckets
 from aqt_engine.restoration import NotRestoredError
 from aqt_server import executor, kept, repository
 from aqt_server.compiled import Entries, given, keep_in
@@ -73,7 +73,7 @@ def load(path, records, *, proof_s=0.0, rows=12):
 
 def of(path, rows=12):
     loaded = bundle.load(path)
-    return kept.identity(loaded.manifest, Program(loaded, max_rows=rows).buckets)
+    return kept.identity(loaded.manifest, tile_buckets(rows, loaded.manifest.tile))
 
 
 def restored(path, records, **arguments):
@@ -86,10 +86,12 @@ def refused(*_, **__):
     raise AssertionError("this was to be taken as it was kept")
 
 
-@pytest.mark.parametrize("quick", [True, False])
-def test_a_restart_compiles_nothing_and_gives_the_same_bits(path, records, monkeypatch, quick):
-    """What was computed in the calling thread is computed there again."""
-    monkeypatch.setattr(calling_thread, "QUICK_BYTES", 2**25 if quick else 0)
+@pytest.mark.parametrize("alone_nbytes", [pieces.ALONE_NBYTES, 0])
+def test_a_restart_compiles_nothing_and_gives_the_same_bits(
+    path, records, monkeypatch, alone_nbytes
+):
+    """What was cut into pieces is cut so again."""
+    monkeypatch.setattr(pieces, "ALONE_NBYTES", alone_nbytes)
     first = load(path, records)
     x = np.random.default_rng(0).normal(size=(40, FEATURES)).astype(np.float32)
     expected = {rows: first.executor({"x": x[:rows]})["y"] for rows in (1, 2, 5, 9, 40)}
@@ -103,9 +105,8 @@ def test_a_restart_compiles_nothing_and_gives_the_same_bits(path, records, monke
         assert second.executor.kernel == first.executor.kernel
         for rows, right in expected.items():
             assert_same_bits(second.executor({"x": x[:rows]})["y"], right)
-        for loaded in (first, second):
-            for of in loaded.executor._program.buckets:
-                assert loaded.executor._program.in_calling_thread(of) == quick
+        assert second.executor.cuts == first.executor.cuts
+        assert all(bool(cut.alone) == bool(alone_nbytes) for cut in second.executor.cuts.values())
         replayed = second.replay()
     assert (replayed.passed, replayed.failed) == (5, ())
     assert first.replay is None
@@ -223,7 +224,7 @@ def test_nothing_is_kept_of_what_is_not_exact_or_where_processors_cannot_be_told
 
 def test_a_stand_in_is_never_taken_for_an_executable(path):
     loaded = bundle.load(path)
-    program = Program(loaded, max_rows=8, packed={(): {}})
+    program = Program(loaded, max_rows=8, packed={(): {}}, cuts={(): pieces.whole((1,))})
     with (
         given(b"no executable"),
         pytest.warns(match="Error reading persistent compilation cache"),
