@@ -8,9 +8,12 @@ there, which has to be the training forward's in every bit. It is started with a
 cache, and with one that an earlier start has filled. In the same rounds a bare Python imports JAX
 and computes a zero: what slows the machine down slows all, and the table has the median of the
 ratios of each round. Processor time is that of the server's process, of all threads, until then.
+Both have the bytecode of what they import, as a package that was installed does: a Python that is
+told to write none (`PYTHONDONTWRITEBYTECODE`) would compile a checkout at every start.
 """
 
 import contextlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -51,7 +54,13 @@ def started(repository: Path, cache: Path, *flags: str) -> Iterator[tuple[psutil
     serve = [Path(sys.executable).parent / "aqt", "serve", "--model-repository", repository]
     serve += ["--compilation-cache", cache, "--port", "0", "--metrics-port", "0", *flags]
     with tempfile.TemporaryFile("w+") as log:
-        process = psutil.Popen(list(map(str, serve)), stdout=subprocess.PIPE, stderr=log, text=True)
+        process = psutil.Popen(
+            list(map(str, serve)),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=_with_bytecode(),
+        )
         try:
             line = process.stdout.readline()
             if not line.startswith("listening on "):
@@ -95,7 +104,10 @@ def bare() -> Figures:
     """Seconds until a new Python process has imported JAX and computed a zero."""
     began = time.perf_counter()
     process = psutil.Popen(
-        [sys.executable, "-c", _BARE_CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", _BARE_CODE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=_with_bytecode(),
     )
     try:
         if not process.stdout.readline():
@@ -153,6 +165,11 @@ def show(told: Sequence[Mapping[str, Any]], *, markdown: bool) -> None:
     ratio = next(one["elapsed_s_ratio"] for one in told if one["way"] == WARM)
     met = "met" if ratio <= MARK else "missed"
     Console().print(f"mark: a restart within {MARK:g}x of the bare Python: {ratio:.2f}x, {met}")
+
+
+def _with_bytecode() -> dict[str, str]:
+    """The environment of a Python that keeps what it compiles of modules."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 
 
 def _processor_s(process: psutil.Process) -> float:
