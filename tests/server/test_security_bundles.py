@@ -109,8 +109,10 @@ def test_a_path_that_leads_out_of_the_repository_is_found(tmp_path):
     (root / "n" / "1").symlink_to(outside / "1")
     (root / "n" / "2").mkdir()
     (root / "n" / "2" / "file").symlink_to("../../../outside/1/file")
+    (root / "n" / "3" / "weights").mkdir(parents=True)
+    (root / "n" / "3" / "weights" / "0").symlink_to(outside / "1")
     assert ("link", 1) in Directory(root).versions()
-    for name, number in (("link", 1), ("n", 1), ("n", 2)):
+    for name, number in (("link", 1), ("n", 1), ("n", 2), ("n", 3)):
         with pytest.raises(OutsideError, match="leads out of the model repository"):
             Directory(root).local((name, number))
     # The repository itself may be a link.
