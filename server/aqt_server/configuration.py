@@ -7,6 +7,7 @@ it stands: `--port`, `AQT_PORT`, or `aqt.toml line 3: [listen] port`.
 import argparse
 import dataclasses
 import difflib
+import functools
 import json
 import tomllib
 import typing
@@ -141,7 +142,8 @@ def _kinds() -> list[type]:
     return list(typing.get_type_hints(Settings).values())
 
 
-def _groups() -> dict[str, list[_Setting]]:
+@functools.cache
+def _groups() -> Mapping[str, Sequence[_Setting]]:
     """The settings of each group, in the order they are declared."""
     groups: dict[str, list[_Setting]] = {}
     for group, kind in typing.get_type_hints(Settings).items():
