@@ -10,11 +10,13 @@ Neither decides about a bit, as the operations are the same.
 
 import contextlib
 import functools
+import threading
 from typing import Any, cast
 
 import jax
 from jaxlib import xla_client
 
+_making = threading.Lock()
 _IN_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
@@ -23,11 +25,16 @@ def is_possible() -> bool:
     return jax.default_backend() == "cpu" and jax.process_count() == 1
 
 
-@functools.cache
 def device() -> Any:
     """The `jax.Device` of the CPU by the client that computes in the thread which calls."""
-    client = cast(Any, xla_client).make_cpu_client(asynchronous=False)
-    return client.devices()[0]
+    # Of two clients, one would copy the weights of the other in each call.
+    with _making:
+        return _client().devices()[0]
+
+
+@functools.cache
+def _client() -> Any:
+    return cast(Any, xla_client).make_cpu_client(asynchronous=False)
 
 
 def chosen() -> contextlib.AbstractContextManager[Any]:

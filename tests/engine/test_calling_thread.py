@@ -1,6 +1,10 @@
 """An executable of a CPU computes in the thread that calls: the same code and the same bits."""
 
+import contextlib
+import functools
 import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +47,25 @@ def test_what_is_asked_for_comes_from_the_thread_that_calls():
     with calling_thread.chosen():
         calling_thread.compiled(jax.jit(function).lower(X))(X)
     assert told == [threading.get_ident()]
+
+
+def test_threads_that_ask_at_once_have_the_same_client(monkeypatch):
+    """Else the weights that one places are copied in each call of what the other compiles."""
+    made, others = [], threading.Barrier(2)
+
+    @functools.cache
+    def client():
+        device = object()
+        made.append(device)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            # Nobody comes while another makes it.
+            others.wait(0.2)
+        return types.SimpleNamespace(devices=lambda: [device])
+
+    monkeypatch.setattr(calling_thread, "_client", client)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda _: calling_thread.device(), range(2)))
+    assert found == made * 2
 
 
 def test_a_program_computes_there_as_it_does_elsewhere(tmp_path, monkeypatch):

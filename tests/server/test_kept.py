@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from aqt_engine import bundle, pieces
+from aqt_engine import bundle, calling_thread, pieces
 from aqt_engine.execution import Mode, Program, tile_buckets
 from aqt_engine.restoration import NotRestoredError
 from aqt_server import executor, kept, repository
@@ -106,6 +106,8 @@ def test_a_restart_compiles_nothing_and_gives_the_same_bits(
         for rows, right in expected.items():
             assert_same_bits(second.executor({"x": x[:rows]})["y"], right)
         assert second.executor.cuts == first.executor.cuts
+        weights = second.executor._program._weights[()]
+        assert {w.device for w in weights} == {calling_thread.device()}
         assert all(bool(cut.alone) == bool(alone_nbytes) for cut in second.executor.cuts.values())
         replayed = second.replay()
     assert (replayed.passed, replayed.failed) == (5, ())
