@@ -11,18 +11,18 @@ change an answer is the program's promise.
 """
 
 import asyncio
-import contextlib
+import contextvars
 import dataclasses
 import logging
 import math
 import time
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from aqt_engine.bundle import Arrays
 from aqt_server.codec import rows_of
+from aqt_server.computing import ComputingThread
 from aqt_server.errors import DeadlineExceeded, InvalidRequest, NotReady, Overloaded
 from aqt_server.queue import DEFAULT_PRIORITY, Answer, Outputs, Queue, Waiting
 from aqt_server.service_time import ServiceTime
@@ -70,10 +70,14 @@ class Batcher:
         self._queue = Queue()
         self._computing: list[Waiting] = []
         self._started = 0.0
-        self._arrived = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._next: asyncio.TimerHandle | None = None
+        self._watch: asyncio.TimerHandle | None = None
+        # In that of a request, what is logged of a batch would be about that one.
+        self._context = contextvars.copy_context()
         self._closed = False
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
-        self._worker = asyncio.create_task(self._work())
+        self._drained = self._loop.create_future()
+        self._thread = ComputingThread(self._compute, self._end)
 
     @property
     def pending_requests(self) -> int:
@@ -88,7 +92,7 @@ class Batcher:
     @property
     def computing_s(self) -> float:
         """Seconds that the batch which is being computed takes so far; 0 where there is none."""
-        return asyncio.get_running_loop().time() - self._started if self._computing else 0.0
+        return self._loop.time() - self._started if self._computing else 0.0
 
     @property
     def hung(self) -> bool:
@@ -118,8 +122,7 @@ class Batcher:
           NotReady: the version is being unloaded, was cut off while it computed, or hangs.
         """
         rows = rows_of(inputs)
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = self._loop.time()
         self._admit(rows)
         foreseen = self._check_time(group, rows, now, priority, deadline, answer_by)
         waiting = Waiting(
@@ -132,15 +135,15 @@ class Batcher:
             foreseen=foreseen,
             queued_ns=time.monotonic_ns(),
             since=now,
-            answer=loop.create_future(),
+            answer=self._loop.create_future(),
         )
         self._queue.add(waiting)
-        self._arrived.set()
-        timer = None if deadline is None else loop.call_at(deadline, self._expire, waiting)
+        self._begin_at(now)
+        timer = None if deadline is None else self._loop.call_at(deadline, self._expire, waiting)
         try:
             return await waiting.answer
         finally:
-            if self._queue.remove(waiting) and waiting.late(loop.time()):
+            if self._queue.remove(waiting) and waiting.late(self._loop.time()):
                 self._count(waiting, late=True)
             if timer:
                 timer.cancel()
@@ -152,12 +155,11 @@ class Batcher:
         nothing of that kind; if there was, a thread may compute on, as none can be ended.
         """
         self._closed = True
-        self._arrived.set()
-        done, _ = await asyncio.wait({self._worker}, timeout=grace_s)
-        self._thread.shutdown(wait=False)
+        self._begin_at(self._loop.time())
+        done, _ = await asyncio.wait({self._drained}, timeout=grace_s)
+        self._thread.end()
         if done:
             return True
-        self._worker.cancel()
         for waiting in [*self._computing, *self._queue]:
             waiting.fail(
                 NotReady(
@@ -228,7 +230,7 @@ class Batcher:
     def _expire(self, waiting: Waiting) -> None:
         if self._queue.remove(waiting):
             # Not where it is only the wait whose time is up.
-            now = asyncio.get_running_loop().time()
+            now = self._loop.time()
             if now + self._expected(waiting.group, waiting.rows) > waiting.answer_by:
                 self._count(waiting, late=True)
             waiting.fail(
@@ -242,42 +244,46 @@ class Batcher:
         if waiting.foreseen:
             self._service_time.taken(late=late)
 
-    async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            now = self._started = loop.time()
-            company, until = self._gathered(now)
-            if until > now:
-                self._arrived.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout_at(until):
-                        await self._arrived.wait()
-                continue
-            batch = self._computing = self._take(now, company)
-            if batch:
-                hung = loop.call_later(self._hung_s, self._tell_hung)
-                try:
-                    answers = await loop.run_in_executor(self._thread, self._compute, batch)
-                except Exception as error:
-                    for waiting in batch:
-                        waiting.fail(error)
-                else:
-                    rows = sum(waiting.rows for waiting in batch)
-                    self._statistics.batches[rows].add(answers[0].times)
-                    ended = loop.time()
-                    self._service_time.add(batch[0].group, rows, ended - now)
-                    for waiting, answer in zip(batch, answers, strict=True):
-                        self._count(waiting, late=waiting.late(ended))
-                        if not waiting.answer.done():
-                            waiting.answer.set_result(answer)
-                finally:
-                    hung.cancel()
-                    self._computing = []
-            elif self._closed:
-                return
-            else:
-                self._arrived.clear()
-                await self._arrived.wait()
+    def _begin_at(self, when: float) -> None:
+        """Has `_begin` called then, unless it will be before, or a batch is being computed."""
+        if self._computing or (self._next and self._next.when() <= when):
+            return
+        if self._next:
+            self._next.cancel()
+        self._next = self._loop.call_at(when, self._begin, context=self._context)
+
+    def _begin(self) -> None:
+        """Has the next batch computed, if there is one, and it waits for no more company."""
+        self._next = None
+        now = self._started = self._loop.time()
+        company, until = self._gathered(now)
+        if until > now:
+            self._begin_at(until)
+        elif batch := self._take(now, company):
+            self._computing = batch
+            self._watch = self._loop.call_later(self._hung_s, self._tell_hung)
+            self._thread.compute(batch)
+        elif self._closed and not self._drained.done():
+            self._drained.set_result(None)
+
+    def _end(self, batch: list[Waiting], answers: list[Answer] | Exception) -> None:
+        """Answers the requests of a batch that was computed, and begins the next."""
+        assert self._watch
+        self._watch.cancel()
+        self._computing = []
+        if isinstance(answers, Exception):
+            for waiting in batch:
+                waiting.fail(answers)
+        else:
+            rows = sum(waiting.rows for waiting in batch)
+            self._statistics.batches[rows].add(answers[0].times)
+            ended = self._loop.time()
+            self._service_time.add(batch[0].group, rows, ended - self._started)
+            for waiting, answer in zip(batch, answers, strict=True):
+                self._count(waiting, late=waiting.late(ended))
+                if not waiting.answer.done():
+                    waiting.answer.set_result(answer)
+        self._begin()
 
     def _tell_hung(self) -> None:
         _log.error(

@@ -89,7 +89,8 @@ class Queue:
     def __iter__(self) -> Iterator[Waiting]:
         """All of them in their order, also while some are removed."""
         # A level is in the order of its turns, as it is in that of its arrivals.
-        return heapq.merge(*map(list, self._levels), key=lambda waiting: waiting.turn)
+        levels = [list(level) for level in self._levels if level]
+        return heapq.merge(*levels, key=lambda waiting: waiting.turn)
 
     def add(self, waiting: Waiting) -> None:
         """Puts `waiting` at the end of its level."""

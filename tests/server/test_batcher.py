@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 
+from aqt_server import records
 from aqt_server.batcher import Batcher
 from aqt_server.errors import DeadlineExceeded, InvalidRequest, NotReady, Overloaded
 from aqt_server.statistics import Statistics
@@ -217,7 +218,7 @@ def test_statistics_count_batches_by_their_rows():
     with_batcher(test, statistics)
 
 
-def test_a_batch_that_takes_too_long_refuses_others_until_it_ends(caplog):
+def test_a_batch_that_takes_too_long_refuses_others_until_it_ends(caplog, monkeypatch):
     async def main():
         program = Doubling()
         batcher = Batcher(
@@ -230,13 +231,17 @@ def test_a_batch_that_takes_too_long_refuses_others_until_it_ends(caplog):
         )
         async with asyncio.timeout(60):
             assert batcher.computing_s == 0
-            first = asyncio.create_task(batcher.run(rows(1)))
+            monkeypatch.setattr(caplog.handler, "formatter", records._JsonFormatter())
+            with records.about({"request_id": "seven"}):
+                first = asyncio.create_task(batcher.run(rows(1)))
             await until_computing(program)
             while not batcher.hung:
                 await asyncio.sleep(0.01)
             with pytest.raises(NotReady, match="computing one batch for"):
                 await batcher.run(rows(2))
             assert "a batch of a model has been computed for 0.05 s" in caplog.text
+            # It is about the batch, and not about one of its requests.
+            assert "seven" not in caplog.text
             program.gate.set()
             await first
             assert batcher.computing_s == 0

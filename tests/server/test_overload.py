@@ -6,7 +6,9 @@ import selectors
 
 import pytest
 
+from aqt_server import batcher as batching
 from aqt_server.batcher import Batcher
+from aqt_server.computing import ComputingThread
 from aqt_server.errors import DeadlineExceeded
 from aqt_server.statistics import Statistics
 from server.test_batcher import rows
@@ -33,7 +35,7 @@ class Waits(selectors.SelectSelector):
 
 
 class Passing(asyncio.SelectorEventLoop):
-    """An event loop whose time passes at once; what it runs in a thread takes `took` of it."""
+    """An event loop whose time passes at once; what is computed takes `took` of it."""
 
     def __init__(self):
         self._waits = Waits()
@@ -43,15 +45,13 @@ class Passing(asyncio.SelectorEventLoop):
     def time(self):
         return self._waits.now
 
-    def run_in_executor(self, executor, func, *args):
-        done = self.create_future()
 
-        def end():
-            if not done.done():
-                done.set_result(func(*args))
+class Computing(ComputingThread):
+    """No thread, but the time that one would take."""
 
-        self.call_later(self.took(*args), end)
-        return done
+    def compute(self, argument):
+        took = self._loop.took(argument)
+        self._loop.call_later(took, lambda: self._done(argument, self._function(argument)))
 
 
 def steady(drawn, now):
@@ -75,8 +75,9 @@ def noisy(drawn, now):
     ],
 )
 def test_nearly_all_that_is_accepted_is_in_time_and_no_time_is_left_unused(
-    varied, batch_s, most_late
+    varied, batch_s, most_late, monkeypatch
 ):
+    monkeypatch.setattr(batching, "ComputingThread", Computing)
     drawn = random.Random(0)
     used, in_time, late = 0.0, 0, 0
 
