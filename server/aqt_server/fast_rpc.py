@@ -156,17 +156,13 @@ class FastDoor:
         trailers: bytes = b"",
         answer: bytes = b"",
     ) -> None:
-        self._answers.append((number, status, sentence, trailers, answer))
-        if not self._tasks:
-            # No other will be answered in this turn.
-            self._hand_back()
-        elif len(self._answers) == 1:
+        if not self._answers:
             self._loop.call_soon(self._hand_back)
+        self._answers.append((number, status, sentence, trailers, answer))
 
     def _hand_back(self) -> None:
         answers, self._answers = self._answers, []
-        if answers:
-            self._door.answer(answers)
+        self._door.answer(answers)
 
     def _unpacked(self, sent: bytes, packing: str) -> bytes:
         if packing not in _PACKED:
