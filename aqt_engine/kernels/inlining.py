@@ -11,35 +11,41 @@ Function = Any
 
 def with_contractions_inlined(module: ir.Module) -> Function:
     """The function `main` of `module`, into which all others that contract were copied."""
-    functions: dict[str, Function] = {}
-    for function in module.body.operations:
-        name: Any = function.attributes["sym_name"]
-        functions[name.value] = function
+    functions = functions_of(module)
     main = functions["main"]
     while call := next(_calls(main, functions), None):
         _inline(call, functions[_callee(call)])
     return main
 
 
+def functions_of(module: ir.Module) -> dict[str, Function]:
+    """The functions of `module` by their names."""
+    functions: dict[str, Function] = {}
+    for function in module.body.operations:
+        name: Any = function.attributes["sym_name"]
+        functions[name.value] = function
+    return functions
+
+
 def _calls(function: Function, functions: Mapping[str, Function]) -> Iterator[Any]:
     """Calls in `function` of what contracts."""
-    for op in _operations(function):
+    for op in operations(function):
         if op.name == "func.call" and _contracts(functions[_callee(op)], functions):
             yield op
 
 
 def _contracts(function: Function, functions: Mapping[str, Function]) -> bool:
-    direct = any(op.name == "stablehlo.dot_general" for op in _operations(function))
+    direct = any(op.name == "stablehlo.dot_general" for op in operations(function))
     return direct or next(_calls(function, functions), None) is not None
 
 
-def _operations(op: Any) -> Iterator[Any]:
+def operations(op: Any) -> Iterator[Any]:
     """All operations in `op`, however deep."""
     for region in op.operation.regions:
         for block in region:
             for inner in block:
                 yield inner.operation
-                yield from _operations(inner)
+                yield from operations(inner)
 
 
 def _callee(call: Any) -> str:

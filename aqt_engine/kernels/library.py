@@ -22,6 +22,8 @@ Array = np.ndarray[Any, Any]
 
 TARGET = "aqt.int8_matmul.1"
 """What a graph calls the kernel; numbered, as a compiled graph may be kept on disk."""
+QUANTIZE_TARGET = "aqt.quantize_rows.1"
+"""What it calls to quantize rows by their largest magnitudes."""
 INSTRUCTION_SETS = ("amx", "avx512vnni", "avx2")
 """Fastest first."""
 _VARIABLE = "AQT_KERNELS"
@@ -87,6 +89,21 @@ def product(name: str, lhs: Array, packed: Array, columns: int, *, threads: int 
     return _product(_having(name), name, lhs, packed, columns, threads)
 
 
+def quantized(name: str, values: Array, factor: float, bound: float) -> tuple[Array, Array]:
+    """`values` by the instruction set `name`, outside of XLA: int8, and a scale for each row.
+
+    Raises:
+      ValueError: it is none of `supported()`.
+    """
+    library = _having(name)
+    values = np.ascontiguousarray(values)
+    rows, depth = values.shape
+    integers, scales = np.zeros((rows, depth), np.int8), np.zeros((rows, 1), np.float32)
+    addresses = (values.ctypes.data, integers.ctypes.data, scales.ctypes.data)
+    library.aqt_quantize(name.encode(), *addresses, rows, depth, factor, bound)
+    return integers, scales
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The shared library, whose kernel XLA knows from now on; None where it cannot be loaded."""
@@ -102,7 +119,13 @@ def _library() -> ctypes.CDLL | None:
     arrays, sizes = (pointer, pointer, pointer), (size, size, size)
     library.aqt_multiply.argtypes = (ctypes.c_char_p, size, *arrays, *sizes)
     library.aqt_multiply.restype = None
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.aqt_int8_matmul), platform="cpu")
+    library.aqt_quantize.argtypes = (ctypes.c_char_p, *arrays, size, size, *(ctypes.c_float,) * 2)
+    library.aqt_quantize.restype = None
+    for target, handler in (
+        (TARGET, library.aqt_int8_matmul),
+        (QUANTIZE_TARGET, library.aqt_quantize_rows),
+    ):
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
     return library
 
 

@@ -29,14 +29,20 @@ from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 
 from aqt_engine.kernels import library
+from aqt_engine.kernels.calls import call, shape
+from aqt_engine.kernels.identities import (
+    bypass_identities,
+    comes_materialized,
+    goes_materialized,
+    materialized_from,
+)
 from aqt_engine.kernels.inlining import with_contractions_inlined
-from aqt_engine.kernels.packing import Axes, Packing, Steps, packed_size
-from aqt_engine.materialization import NAME
+from aqt_engine.kernels.packing import Packing, Steps, packed_size
+from aqt_engine.kernels.quantization import put_in_one_pass
 
 Array = np.ndarray[Any, Any]
 # MLIR's bindings are typed only in part.
 Value = Any
-_TYPED_FFI = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +65,7 @@ def substituted(graph: export.Exported, weights: int) -> Substituted:
     with mlir.make_ir_context(), ir.Location.unknown():
         module = jax_mlir.deserialize_portable_artifact(graph.mlir_module_serialized)
         main = with_contractions_inlined(module)
+        put_in_one_pass(module, main)
         arguments = list(main.entry_block.arguments)
         arrays = arguments[-len(graph.module_kept_var_idx) :]
         for argument, index in zip(arrays, graph.module_kept_var_idx, strict=True):
@@ -70,7 +77,7 @@ def substituted(graph: export.Exported, weights: int) -> Substituted:
                 avals[index] = avals[index].update(shape=(size,), dtype=np.dtype(np.int8))
             elif index < weights:
                 # A scale that is read stands apart from what uses it by itself.
-                _bypass_identities(argument, by=argument)
+                bypass_identities(argument, by=argument)
         types = ir.FunctionType.get([a.type for a in arguments], main.type.results)
         main.attributes["function_type"] = ir.TypeAttr.get(types)
         module.operation.verify()
@@ -100,7 +107,7 @@ def _sites(value: Value, steps: Steps = ()) -> Iterator[_Site | None]:
             case "stablehlo.dot_general":
                 yield _contraction(op, use.operand_number, steps)
             case "stablehlo.reshape":
-                yield from _sites(op.result, (*steps, ("reshape", _shape(op.result))))
+                yield from _sites(op.result, (*steps, ("reshape", shape(op.result))))
             case "stablehlo.transpose":
                 permutation: Any = op.attributes["permutation"]
                 step = ("transpose", tuple(permutation))
@@ -118,9 +125,9 @@ def _contraction(dot: ir.OpView, operand: int, steps: Steps) -> _Site | None:
     static = ir.RankedTensorType(dot.result.type).has_static_shape
     if operand != 1 or not int8 or not static or len(numbers.lhs_batching_dimensions):
         return None
-    if 0 in (*_shape(lhs), *_shape(rhs)) or not _comes_materialized(lhs):
+    if 0 in (*shape(lhs), *shape(rhs)) or not comes_materialized(lhs):
         return None
-    if not _goes_materialized(dot.result):
+    if not goes_materialized(dot.result):
         return None
     return _Site(dot, numbers, Packing(steps, tuple(numbers.rhs_contracting_dimensions)))
 
@@ -128,14 +135,14 @@ def _contraction(dot: ir.OpView, operand: int, steps: Steps) -> _Site | None:
 def _put_kernel(weight: Value, sites: Sequence[_Site]) -> int:
     """Puts the kernel in the place of all `sites`; the bytes that it takes the weight in."""
     site = sites[0]
-    rhs = _shape(site.dot.operands[1])
+    rhs = shape(site.dot.operands[1])
     depth = math.prod(rhs[a] for a in site.packing.contracted)
     columns = math.prod(rhs) // depth
     size = packed_size(depth, columns)
+    weight.set_type(ir.RankedTensorType.get([size], ir.IntegerType.get_signless(8)))
     for site in sites:
         _replace(site, weight, depth, columns)
     _erase_uses(weight)
-    weight.set_type(ir.RankedTensorType.get([size], ir.IntegerType.get_signless(8)))
     return size
 
 
@@ -144,103 +151,21 @@ def _replace(site: _Site, weight: Value, depth: int, columns: int) -> None:
     with ir.InsertionPoint(dot), dot.location:
         lhs = dot.operands[0]
         contracted = tuple(site.numbers.lhs_contracting_dimensions)
-        rank = len(_shape(lhs))
+        rank = len(shape(lhs))
         order = [*(a for a in range(rank) if a not in contracted), *contracted]
         if order == list(range(rank)):
             # What is behind the identity can see the kernel no more than it.
-            lhs = _materialized_from(lhs)
+            lhs = materialized_from(lhs)
         else:
             lhs = stablehlo.transpose(lhs, ir.DenseI64ArrayAttr.get(order))
         sizes = {"depth": depth, "columns": columns}
-        i64 = ir.IntegerType.get_signless(64)
-        call = stablehlo.CustomCallOp(
-            [dot.result.type],
-            [lhs, weight],
-            library.TARGET,
-            has_side_effect=False,
-            backend_config=ir.DictAttr.get(
-                {name: ir.IntegerAttr.get(i64, size) for name, size in sizes.items()}
-            ),
-            api_version=ir.IntegerAttr.get(ir.IntegerType.get_signless(32), _TYPED_FFI),
-            operand_layouts=ir.ArrayAttr.get([_row_major(rank), _row_major(1)]),
-            result_layouts=ir.ArrayAttr.get([_row_major(len(_shape(dot.result)))]),
-        )
-        _bypass_identities(dot.result, by=call.result)
-        dot.result.replace_all_uses_with(call.result)
+        (sums,) = call(library.TARGET, [lhs, weight], [dot.result.type], sizes)
+        bypass_identities(dot.result, by=sums)
+        dot.result.replace_all_uses_with(sums)
         left = dot.operands[0].owner
         dot.operation.erase()
         if not list(left.results[0].uses):
             left.erase()
-
-
-def _comes_materialized(value: Value) -> bool:
-    """Whether `value` is what a call of the identity gives, on the platform that has one."""
-    made = value.owner
-    if isinstance(made, ir.Block):
-        return False
-    return _is_identity(made) or _chooses_identity(made)
-
-
-def _goes_materialized(value: Value) -> bool:
-    """Whether all that is done with `value` is to call the identity, where there is one."""
-    for use in value.uses:
-        user: Any = use.owner.operation
-        if user.name == "stablehlo.return" and user.parent.name == "stablehlo.case":
-            choice = user.parent
-            if not _chooses_identity(choice) and not _goes_materialized(choice.results[0]):
-                return False
-        elif not _is_identity(user):
-            return False
-    return True
-
-
-def _materialized_from(value: Value) -> Value:
-    """What the identity was called with that gives `value`."""
-    made = value.owner
-    identity = made if _is_identity(made) else next(_identities_chosen(made))
-    return identity.operands[0]
-
-
-def _bypass_identities(value: Value, by: Value) -> None:
-    """Puts `by` in the place of what calls of the identity with `value` give."""
-    # A choice by platform uses it in several branches.
-    seen: list[Any] = []
-    for use in value.uses:
-        user: Any = use.owner.operation
-        choice = user.parent if user.parent.name == "stablehlo.case" else None
-        if choice is None and _is_identity(user):
-            seen.append(user)
-        elif choice is None or choice in seen:
-            continue
-        elif user.name == "stablehlo.return" or _chooses_identity(choice):
-            seen.append(choice)
-    for op in seen:
-        if op.name == "func.call" or any(i.operands[0] == value for i in _identities_chosen(op)):
-            op.results[0].replace_all_uses_with(by)
-            op.erase()
-        elif not _chooses_identity(op):
-            _bypass_identities(op.results[0], by=op.results[0])
-
-
-def _chooses_identity(op: Any) -> bool:
-    """Whether `op` chooses by platform, and on one of them calls the identity."""
-    return op.name == "stablehlo.case" and any(_identities_chosen(op))
-
-
-def _identities_chosen(case: Any) -> Iterator[Any]:
-    """The calls of the identity that are all that branches of `case` do."""
-    for region in case.operation.regions:
-        end = list(region.blocks[0].operations)[-1]
-        made = end.operands[0].owner
-        if _is_identity(made):
-            yield made
-
-
-def _is_identity(op: Any) -> bool:
-    if isinstance(op, ir.Block) or op.name != "func.call":
-        return False
-    callee: Any = op.attributes["callee"]
-    return callee.value.startswith(NAME)
 
 
 def _erase_uses(value: Value) -> None:
@@ -250,15 +175,6 @@ def _erase_uses(value: Value) -> None:
         if op.name != "stablehlo.custom_call":
             _erase_uses(op.results[0])
             op.erase()
-
-
-def _row_major(rank: int) -> ir.Attribute:
-    order: Any = np.arange(rank - 1, -1, -1, dtype=np.int64)
-    return ir.DenseIntElementsAttr.get(order, type=ir.IndexType.get())
-
-
-def _shape(value: Value) -> Axes:
-    return tuple(ir.RankedTensorType(value.type).shape)
 
 
 def _bits(value: Value) -> int:

@@ -29,7 +29,7 @@ from aqt_engine.ops.operand import (
     Operand,
     as_forward_quantized,
     quantize,
-    quantize_forward,
+    quantize_apart,
     refuse_gradient,
     require_float,
 )
@@ -109,7 +109,7 @@ def quantize_lhs(
     axes = DotAxes.parse(dimension_numbers, x.ndim, rhs_ndim)
     split = _shards(config.fwd, x, axes.lhs_contracting)
     x, contracting, batch = _sharded(split, x, axes.lhs_contracting, axes.lhs_batch)
-    return quantize_forward(config.fwd.lhs, x, contracting, batch, None, scale)[0]
+    return quantize_apart(config.fwd.lhs, x, contracting, batch, None, scale)[0]
 
 
 def quantize_rhs(
@@ -124,7 +124,7 @@ def quantize_rhs(
     axes = DotAxes.parse(dimension_numbers, lhs_ndim, x.ndim)
     split = _shards(config.fwd, x, axes.rhs_contracting)
     x, contracting, batch = _sharded(split, x, axes.rhs_contracting, axes.rhs_batch)
-    return quantize_forward(config.fwd.rhs, x, contracting, batch, None, scale)[0]
+    return quantize_apart(config.fwd.rhs, x, contracting, batch, None, scale)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -168,7 +168,7 @@ def _dot_general(
 
 def _quantizing(given: Given) -> Callable[..., tuple[QTensor, Gradient]]:
     # AQT compiles a float sum over tiles together with the scales.
-    return quantize if given.tiled else quantize_forward
+    return quantize if given.tiled else quantize_apart
 
 
 # What the backward contraction for the *other* side needs of an operand, and its own gradient.

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from aqt_engine.calibration import ConstantCalibration
-from aqt_engine.materialization import materialized
+from aqt_engine.calibration import AbsMaxCalibration, ConstantCalibration
+from aqt_engine.materialization import materialized, materialized_on_cpu
+from aqt_engine.numerics import IntNumerics
 from aqt_engine.ops.axes import Axes
 from aqt_engine.qtensor import QTensor, Scale
-from aqt_engine.quantizer import Gradient
+from aqt_engine.quantizer import Gradient, shared_axes
 
 if TYPE_CHECKING:
     from aqt_engine.config import Tensor
@@ -129,6 +130,38 @@ def quantize_forward(
     # Before its inverse is taken, too: one thing after the other, which XLA:CPU then computes in
     # one thread, and does not wake another for.
     return quantizer.quant_with(dataclasses.replace(found, scale=materialized(found.scale)), x)
+
+
+def quantize_apart(
+    tensor: "Tensor",
+    x: jax.Array,
+    contracting: Axes,
+    batch: Axes,
+    key: Key,
+    scale: Scale | None = None,
+) -> tuple[QTensor, Gradient]:
+    """As `quantize_forward`, and on CPU compiled apart from `x` where a kernel could do it all.
+
+    What computes `x` then does not depend on whether one does.
+    """
+    if scale is None and _is_in_one_pass(tensor, x, contracting, batch):
+        x = materialized_on_cpu(x)
+    return quantize_forward(tensor, x, contracting, batch, key, scale)
+
+
+def _is_in_one_pass(tensor: "Tensor", x: jax.Array, contracting: Axes, batch: Axes) -> bool:
+    """Whether rows of `x` become int8 by their largest magnitudes, and nothing else is done."""
+    numerics = tensor.numerics
+    if not isinstance(numerics, IntNumerics) or type(tensor.calibration) is not AbsMaxCalibration:
+        return False
+    if numerics.dtype != jnp.int8 or numerics.noise_fn is not None or tensor.po2_scale:
+        return False
+    if x.dtype != jnp.float32 or tensor.scale_dtype not in (None, jnp.dtype(jnp.float32)):
+        return False
+    shared = shared_axes(
+        tensor.calib_shared_axes, tensor.shared_by(x.ndim, contracting, batch), x.ndim
+    )
+    return bool(shared) and shared == tuple(range(x.ndim - len(shared), x.ndim)) and x.size > 0
 
 
 def as_forward_quantized(

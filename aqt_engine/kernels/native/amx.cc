@@ -124,8 +124,11 @@ AQT_TARGET void Multiply(const void* prepared, int64_t rows, int64_t depth, cons
   _tile_release();
 }
 
+AQT_TARGET void Quantize(const Rows& rows) { QuantizeRows(rows); }
+
 }  // namespace
 
-const InstructionSet kAmx = {"amx", Supported, RowBytes, kRows, Prepare, Multiply};
+const InstructionSet kAmx = {"amx", Supported, RowBytes, kRows, Prepare, Multiply,
+                             Quantize};
 
 }  // namespace aqt

@@ -93,8 +93,11 @@ void Multiply(const void* prepared, int64_t rows, int64_t depth, const Panel& pa
   }
 }
 
+AQT_TARGET void Quantize(const Rows& rows) { QuantizeRows(rows); }
+
 }  // namespace
 
-const InstructionSet kAvx2 = {"avx2", Supported, RowBytes, 1, Prepare, Multiply};
+const InstructionSet kAvx2 = {"avx2", Supported, RowBytes, 1, Prepare, Multiply,
+                              Quantize};
 
 }  // namespace aqt

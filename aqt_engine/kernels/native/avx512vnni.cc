@@ -135,8 +135,11 @@ void Multiply(const void* prepared, int64_t rows, int64_t depth, const Panel& pa
   }
 }
 
+AQT_TARGET void Quantize(const Rows& rows) { QuantizeRows(rows); }
+
 }  // namespace
 
-const InstructionSet kAvx512Vnni = {"avx512vnni", Supported, RowBytes, 1, Prepare, Multiply};
+const InstructionSet kAvx512Vnni = {"avx512vnni", Supported, RowBytes, 1, Prepare, Multiply,
+                                    Quantize};
 
 }  // namespace aqt

@@ -41,6 +41,22 @@ ffi::Error Int8Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> lhs, ffi::Buffe
   return ffi::Error::Success();
 }
 
+ffi::Error QuantizeRows(ffi::Buffer<ffi::F32> values, ffi::ResultBuffer<ffi::S8> quantized,
+                        ffi::ResultBuffer<ffi::F32> scales, float factor, float bound) {
+  const aqt::InstructionSet* with = used.load();
+  if (with == nullptr) return ffi::Error::Internal("no instruction set was chosen");
+  const int64_t count = static_cast<int64_t>(values.element_count());
+  const int64_t rows = static_cast<int64_t>(scales->element_count());
+  const int64_t depth = rows == 0 ? 0 : count / rows;
+  if (rows * depth != count || static_cast<int64_t>(quantized->element_count()) != count) {
+    return ffi::Error::InvalidArgument(std::to_string(count) + " values do not fit " +
+                                       std::to_string(rows) + " scales");
+  }
+  with->quantize({values.typed_data(), quantized->typed_data(), scales->typed_data(), rows, depth,
+                  factor, bound});
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 // Whether this processor has the instruction set of that name.
@@ -61,6 +77,21 @@ extern "C" void aqt_multiply(const char* name, int64_t threads, const int8_t* lh
                 [&](std::function<void()> task) { others.emplace_back(std::move(task)); });
   for (std::thread& other : others) other.join();
 }
+
+// Quantizes rows with an instruction set that has to be supported.
+extern "C" void aqt_quantize(const char* name, const float* values, int8_t* quantized,
+                             float* scales, int64_t rows, int64_t depth, float factor,
+                             float bound) {
+  Find(name)->quantize({values, quantized, scales, rows, depth, factor, bound});
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(aqt_quantize_rows, QuantizeRows,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::S8>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("factor")
+                                  .Attr<float>("bound"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(aqt_int8_matmul, Int8Matmul,
                               ffi::Ffi::Bind()

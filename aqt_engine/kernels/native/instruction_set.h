@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "quantize.h"
+
 namespace aqt {
 
 // A packed right operand of K x N: panels of kPanel columns, the last one of kPanel or kPanel / 2.
@@ -40,6 +42,8 @@ struct InstructionSet {
   // Writes the products of prepared rows with a panel, rows of `out` being `stride` values apart.
   void (*multiply)(const void* prepared, int64_t rows, int64_t depth, const Panel& panel,
                    int32_t* out, int64_t stride);
+  // Quantizes rows.
+  void (*quantize)(const Rows& rows);
 };
 
 extern const InstructionSet kAvx2;
