@@ -17,7 +17,7 @@ def call(
 ) -> Sequence[Value]:
     """What `target` gives of `operands`, in `types`; integers of `sizes` are int64, floats f32."""
     i64, f32 = ir.IntegerType.get_signless(64), ir.F32Type.get()
-    config = {
+    config: dict[str, ir.Attribute] = {
         name: ir.IntegerAttr.get(i64, size)
         if isinstance(size, int)
         else ir.FloatAttr.get(f32, size)

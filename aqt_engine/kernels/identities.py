@@ -75,6 +75,7 @@ def _identities_chosen(case: Any) -> Iterator[Any]:
 
 
 def is_identity(op: Any) -> bool:
+    """Whether `op`, or the block that a value is an argument of, is a call of the identity."""
     if isinstance(op, ir.Block) or op.name != "func.call":
         return False
     callee: Any = op.attributes["callee"]

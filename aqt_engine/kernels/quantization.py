@@ -9,7 +9,7 @@ bits. Whatever is not exactly these operations is left to XLA.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ from jax.extend.mlir.dialects import stablehlo
 from aqt_engine.kernels import library
 from aqt_engine.kernels.calls import call, shape
 from aqt_engine.kernels.identities import (
-    bypass_identities,
     comes_materialized,
     goes_materialized,
     is_identity,
@@ -55,17 +54,17 @@ class _Rows:
 
 
 def put_in_one_pass(module: ir.Module, main: Function) -> None:
-    """Puts calls of the kernel into `main`, in the place of all operations that it could do."""
+    """Puts calls of the kernel into `main`, in the place of all operations that it could do.
+
+    Where several quantize the same, XLA makes one of their calls.
+    """
     reading = _Reading(functions_of(module))
-    made: dict[Any, Sequence[Value]] = {}
     for op in [op for op in operations(main) if op.name == "stablehlo.convert"]:
         try:
             rows = reading.rows(op.results[0])
         except _OtherwiseError:
             continue
-        key = (rows.values, rows.factor, rows.bound, op.parent.name)
-        chosen = rows.scale.owner
-        with ir.InsertionPoint(chosen), chosen.location:
+        with ir.InsertionPoint(rows.scale.owner), rows.scale.owner.location:
             quantized, scale = call(
                 library.QUANTIZE_TARGET,
                 [rows.values],
@@ -98,9 +97,9 @@ class _Reading:
         bound = self._number(high)
         _require(0 <= bound <= 127 and self._number(low) == -bound)
         values, spread = self._of("multiply", scaled)
-        apart = self._resolved(values).value
+        apart = self._outside(values)
         _require(comes_materialized(apart) and shape(apart) == shape(quantized))
-        self._require_float32(apart)
+        _require(isinstance(ir.RankedTensorType(apart.type).element_type, ir.F32Type))
         (inverse,) = self._of("broadcast_in_dim", spread)
         _require(self._is_in_front(spread, inverse))
         scale = self._inverted(inverse)
@@ -118,7 +117,7 @@ class _Reading:
         self._require_same(same, quotient)
         dividend, scale = self._of("divide", quotient)
         _require(self._number(dividend) == 1)
-        return self._resolved(scale).value
+        return self._outside(scale)
 
     def _factor(self, scale: _Read, apart: Value) -> float:
         """What the largest magnitude of each row of `apart`, or 1 for 0, is multiplied with."""
@@ -140,7 +139,7 @@ class _Reading:
         _require(self._number(infinity) == math.inf)
         (of,) = self._of("abs", magnitude)
         for each in (of, *self._of("compare", is_nan, "NE")):
-            _require(self._resolved(each).value == apart)
+            _require(self._outside(each) == apart)
         found = self._number(factor)
         _require(0 < found < math.inf)
         return found
@@ -148,8 +147,9 @@ class _Reading:
     def _of(self, name: str, read: _Read, direction: str | None = None) -> list[_Read]:
         """The operands of the operation `name` that gives what is read."""
         at = self._resolved(read)
-        op = at.value.owner
-        _require(not isinstance(op, ir.Block) and op.name == f"stablehlo.{name}")
+        op: Any = at.value.owner
+        if isinstance(op, ir.Block) or op.name != f"stablehlo.{name}":
+            raise _OtherwiseError
         if direction is not None:
             compared: Any = stablehlo.ComparisonDirectionAttr(op.attributes["comparison_direction"])
             _require(compared.value == direction)
@@ -161,8 +161,8 @@ class _Reading:
         while True:
             op = value.owner
             if isinstance(op, ir.Block):
-                if not calls:
-                    return _Read(value)
+                if not calls or op.owner.operation.name != "func.func":
+                    return _Read(value, calls)
                 argument: Any = ir.BlockArgument(value)
                 value, calls = calls[-1].operands[argument.arg_number], calls[:-1]
             elif op.name == "func.call" and not is_identity(op):
@@ -176,19 +176,25 @@ class _Reading:
             else:
                 return _Read(value, calls)
 
+    def _outside(self, read: _Read) -> Value:
+        """The same value where it is made, which is in no function that is called."""
+        at = self._resolved(read)
+        _require(not at.calls)
+        return at.value
+
     def _number(self, read: _Read) -> float:
         """The float that all of what is read is."""
         at = self._resolved(read)
-        if not isinstance(at.value.owner, ir.Block):
-            op = at.value.owner
-            if op.name == "stablehlo.broadcast_in_dim":
-                return self._number(_Read(op.operands[0], at.calls))
-            if op.name == "stablehlo.constant":
-                constant: Any = op.attributes["value"]
-                found = np.asarray(constant)
-                if found.dtype == np.float32 and found.size and (found == found.flat[0]).all():
-                    return float(found.flat[0])
-        raise _OtherwiseError
+        op: Any = at.value.owner
+        if isinstance(op, ir.Block):
+            raise _OtherwiseError
+        if op.name == "stablehlo.broadcast_in_dim":
+            return self._number(_Read(op.operands[0], at.calls))
+        _require(op.name == "stablehlo.constant")
+        found = np.asarray(op.attributes["value"])
+        _require(found.dtype == np.float32 and found.size > 0)
+        _require((found == found.flat[0]).all())
+        return float(found.flat[0])
 
     def _is_in_front(self, spread: _Read, read: _Read) -> bool:
         """Whether the axes of what is read are the first ones of what it is spread over."""
@@ -197,9 +203,6 @@ class _Reading:
 
     def _require_same(self, one: _Read, other: _Read) -> None:
         _require(self._resolved(one) == self._resolved(other))
-
-    def _require_float32(self, value: Value) -> None:
-        _require(isinstance(ir.RankedTensorType(value.type).element_type, ir.F32Type))
 
     def _require_maximum_of_rows(self, reduce: Any, apart: Value, scale: _Read) -> None:
         dims = list(reduce.attributes["dimensions"])

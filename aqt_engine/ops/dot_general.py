@@ -12,7 +12,7 @@ Training, as in Abdolrashidi et al., arXiv:2105.03536.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -30,6 +30,7 @@ from aqt_engine.ops.operand import (
     as_forward_quantized,
     quantize,
     quantize_apart,
+    quantize_forward,
     refuse_gradient,
     require_float,
 )
@@ -124,7 +125,7 @@ def quantize_rhs(
     axes = DotAxes.parse(dimension_numbers, lhs_ndim, x.ndim)
     split = _shards(config.fwd, x, axes.rhs_contracting)
     x, contracting, batch = _sharded(split, x, axes.rhs_contracting, axes.rhs_batch)
-    return quantize_apart(config.fwd.rhs, x, contracting, batch, None, scale)[0]
+    return quantize_forward(config.fwd.rhs, x, contracting, batch, None, scale)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -136,14 +137,14 @@ def _contract_stored(
     rhs: Operand,
     given: Given,
 ) -> jax.Array:
-    raw, quantized = config.fwd, _quantizing(given)
+    raw, (left, right) = config.fwd, _quantizing(given)
     lhs_key, rhs_key = split_key(split_key(given.key, 3)[0], 2)
     if not isinstance(lhs, QTensor):
         sides = (axes.lhs_contracting, axes.lhs_batch)
-        lhs = quantized(raw.lhs, lhs, *sides, lhs_key, given.lhs_scale)[0]
+        lhs = left(raw.lhs, lhs, *sides, lhs_key, given.lhs_scale)[0]
     if not isinstance(rhs, QTensor):
         sides = (axes.rhs_contracting, axes.rhs_batch)
-        rhs = quantized(raw.rhs, rhs, *sides, rhs_key, given.rhs_scale)[0]
+        rhs = right(raw.rhs, rhs, *sides, rhs_key, given.rhs_scale)[0]
     return contract(raw, lhs, rhs, axes, precision).astype(lhs.dtype)
 
 
@@ -166,9 +167,10 @@ def _dot_general(
     return _forward(config, axes, precision, lhs, rhs, given)[0]
 
 
-def _quantizing(given: Given) -> Callable[..., tuple[QTensor, Gradient]]:
+def _quantizing(given: Given) -> Sequence[Callable[..., tuple[QTensor, Gradient]]]:
+    """What quantizes the left side, and the right one."""
     # AQT compiles a float sum over tiles together with the scales.
-    return quantize if given.tiled else quantize_apart
+    return (quantize, quantize) if given.tiled else (quantize_apart, quantize_forward)
 
 
 # What the backward contraction for the *other* side needs of an operand, and its own gradient.
@@ -183,13 +185,13 @@ def _forward(
     rhs: jax.Array,
     given: Given,
 ) -> tuple[jax.Array, tuple[_Residual, _Residual, Key, Key]]:
-    quantized = _quantizing(given)
+    left, right = _quantizing(given)
     fwd_key, dlhs_key, drhs_key = split_key(given.key, 3)
     lhs_key, rhs_key = split_key(fwd_key, 2)
     sides = (axes.lhs_contracting, axes.lhs_batch)
-    lhs_q, lhs_gradient = quantized(config.fwd.lhs, lhs, *sides, lhs_key, given.lhs_scale)
+    lhs_q, lhs_gradient = left(config.fwd.lhs, lhs, *sides, lhs_key, given.lhs_scale)
     sides = (axes.rhs_contracting, axes.rhs_batch)
-    rhs_q, rhs_gradient = quantized(config.fwd.rhs, rhs, *sides, rhs_key, given.rhs_scale)
+    rhs_q, rhs_gradient = right(config.fwd.rhs, rhs, *sides, rhs_key, given.rhs_scale)
     out = contract(config.fwd, lhs_q, rhs_q, axes, precision)
     lhs_kept = lhs_q if config.drhs.rhs.use_fwd_quant else lhs
     rhs_kept = rhs_q if config.dlhs.rhs.use_fwd_quant else rhs

@@ -10,6 +10,8 @@ import pytest
 from aqt_engine import QuantMode, bundle, config, convert
 from aqt_engine.execution import Program
 from aqt_engine.flax import AqtDotGeneral, AqtEinsum
+from aqt_engine.kernels import library
+from aqt_engine.kernels.substitution import substituted
 from aqt_engine.statistics import MeanOfAbsMaxCalibration
 from compiled_kernel import why_no_kernel
 from engine.contractions import assert_same_bits
@@ -37,12 +39,32 @@ class Mixer(nn.Module):
         return nn.Dense(33, dot_general=dense)(nn.LayerNorm()(x).mean(axis=1))
 
 
-def test_answers_are_those_of_training(tmp_path):
+class Blocks(nn.Module):
+    """Residual blocks: each layer norm goes to three layers that quantize it, and to a sum."""
+
+    mode: QuantMode = QuantMode.TRAIN
+
+    @nn.compact
+    def __call__(self, x):
+        dense = AqtDotGeneral(INT8, rhs_quant_mode=self.mode)
+        x = nn.Dense(96, dot_general=dense)(x)
+        for _ in range(3):
+            y = nn.LayerNorm()(x)
+            q, k, v = (nn.Dense(96, dot_general=dense)(y) for _ in range(3))
+            x = y + nn.Dense(96, dot_general=dense)(nn.gelu(q) * nn.softmax(k) + v)
+        return x
+
+
+@pytest.mark.parametrize(("model", "quantized"), [(Mixer, 2), (Blocks, 13)])
+def test_answers_are_those_of_training(tmp_path, model, quantized):
     x = np.random.default_rng(0).normal(size=(ROWS, 16, 4)).astype(np.float32)
-    variables = jax.jit(Mixer().init)(jax.random.key(0), x[:TILE])
-    convert.convert(Mixer, variables, {"x": x[:TILE]}, tmp_path / "m" / "1", tile=TILE)
+    variables = jax.jit(model().init)(jax.random.key(0), x[:TILE])
+    convert.convert(model, variables, {"x": x[:TILE]}, tmp_path / "m" / "1", tile=TILE)
     loaded = bundle.load(tmp_path / "m" / "1")
-    trained = jax.jit(Mixer().apply)
+    (graph,) = loaded.graphs.values()
+    text = substituted(graph, len(loaded.weights)).graph.mlir_module()
+    assert text.count(library.QUANTIZE_TARGET) == quantized
+    trained = jax.jit(model().apply)
     expected = np.concatenate([trained(variables, x[i : i + TILE]) for i in range(0, ROWS, TILE)])
     for kernel in (True, False):
         program = Program(loaded, max_rows=ROWS, kernel=kernel)
