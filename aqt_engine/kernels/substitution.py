@@ -3,6 +3,7 @@
 A bundle's graph is portable StableHLO, and stays so on disk. Here each `dot_general` of int8 values
 with an int8 weight, summed in int32, becomes a `custom_call` of the kernel, and the graph takes the
 weight packed instead. Sums of integers are the same in any order, so these are the same integers.
+What is multiplied is quantized in one call where it can be (`quantization`).
 
 A weight is packed where all that the graph does with it are such contractions, all of which read it
 in the same layout; so there is never a second copy of it. Contractions of two activations, those
