@@ -89,7 +89,9 @@ def product(name: str, lhs: Array, packed: Array, columns: int, *, threads: int 
     return _product(_having(name), name, lhs, packed, columns, threads)
 
 
-def quantized(name: str, values: Array, factor: float, bound: float) -> tuple[Array, Array]:
+def quantized(
+    name: str, values: Array, factor: float, bound: float, *, threads: int = 1
+) -> tuple[Array, Array]:
     """`values` by the instruction set `name`, outside of XLA: int8, and a scale for each row.
 
     Raises:
@@ -100,7 +102,7 @@ def quantized(name: str, values: Array, factor: float, bound: float) -> tuple[Ar
     rows, depth = values.shape
     integers, scales = np.zeros((rows, depth), np.int8), np.zeros((rows, 1), np.float32)
     addresses = (values.ctypes.data, integers.ctypes.data, scales.ctypes.data)
-    library.aqt_quantize(name.encode(), *addresses, rows, depth, factor, bound)
+    library.aqt_quantize(name.encode(), threads, *addresses, rows, depth, factor, bound)
     return integers, scales
 
 
@@ -119,7 +121,8 @@ def _library() -> ctypes.CDLL | None:
     arrays, sizes = (pointer, pointer, pointer), (size, size, size)
     library.aqt_multiply.argtypes = (ctypes.c_char_p, size, *arrays, *sizes)
     library.aqt_multiply.restype = None
-    library.aqt_quantize.argtypes = (ctypes.c_char_p, *arrays, size, size, *(ctypes.c_float,) * 2)
+    numbers = (ctypes.c_float, ctypes.c_float)
+    library.aqt_quantize.argtypes = (ctypes.c_char_p, size, *arrays, size, size, *numbers)
     library.aqt_quantize.restype = None
     for target, handler in (
         (TARGET, library.aqt_int8_matmul),

@@ -72,6 +72,24 @@ def test_the_bits_are_numpys(x, factor, bound):
                 assert_same_bits(each, other)
 
 
+@pytest.mark.parametrize("shape", [(300, 1_031), (1, 300_000), (2_000, 130)])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_that_share_rows_give_the_same_bits(shape, threads):
+    x = RNG.normal(size=shape).astype(np.float32)
+    x[:, 0] = RNG.choice(HOSTILE, shape[0])
+    for name in SETS:
+        found = library.quantized(name, x, 1 / 127.5, 127.0, threads=threads)
+        for each, other in zip(found, by_numpy(x, 1 / 127.5, 127.0), strict=True):
+            assert_same_bits(each, other)
+
+
+def test_xla_shares_many_rows_among_its_threads():
+    x = RNG.normal(size=(700, 1_031)).astype(np.float32)
+    x[:, 0] = RNG.choice(HOSTILE, 700)
+    weight = RNG.integers(-127, 128, (1_031, 8), np.int8)
+    assert in_both(forward(TENSOR, (1,)), x, weight) == 1
+
+
 def forward(tensor, contracting, scale=None, by=quantize_apart):
     """The sums of what is quantized with a weight, and its scale."""
 

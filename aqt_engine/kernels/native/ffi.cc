@@ -1,5 +1,6 @@
 // What XLA calls, and what Python asks.
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <string>
@@ -41,7 +42,23 @@ ffi::Error Int8Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> lhs, ffi::Buffe
   return ffi::Error::Success();
 }
 
-ffi::Error QuantizeRows(ffi::Buffer<ffi::F32> values, ffi::ResultBuffer<ffi::S8> quantized,
+// Values of one piece of work at least: what is quantized while a thread that sleeps wakes up.
+constexpr int64_t kSmallestPiece = 1 << 17;
+
+void Quantize(const aqt::Rows& all, const aqt::InstructionSet& with, int64_t helpers,
+              const aqt::Schedule& schedule) {
+  const int64_t rows = std::max<int64_t>(1, kSmallestPiece / std::max<int64_t>(1, all.depth));
+  const int64_t count = (all.rows + rows - 1) / rows;
+  aqt::Share(count, helpers, schedule, [all, &with, rows](aqt::Pieces& pieces) {
+    for (int64_t i; pieces.Is(i = pieces.Take());) {
+      with.quantize(all.From(i * rows, std::min(rows, all.rows - i * rows)));
+      pieces.Finish();
+    }
+  });
+}
+
+ffi::Error QuantizeRows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> values,
+                        ffi::ResultBuffer<ffi::S8> quantized,
                         ffi::ResultBuffer<ffi::F32> scales, float factor, float bound) {
   const aqt::InstructionSet* with = used.load();
   if (with == nullptr) return ffi::Error::Internal("no instruction set was chosen");
@@ -52,8 +69,10 @@ ffi::Error QuantizeRows(ffi::Buffer<ffi::F32> values, ffi::ResultBuffer<ffi::S8>
     return ffi::Error::InvalidArgument(std::to_string(count) + " values do not fit " +
                                        std::to_string(rows) + " scales");
   }
-  with->quantize({values.typed_data(), quantized->typed_data(), scales->typed_data(), rows, depth,
-                  factor, bound});
+  Quantize({values.typed_data(), quantized->typed_data(), scales->typed_data(), rows, depth, factor,
+            bound},
+           *with, pool.num_threads() - 1,
+           [&](std::function<void()> task) { pool.Schedule(std::move(task)); });
   return ffi::Error::Success();
 }
 
@@ -78,15 +97,19 @@ extern "C" void aqt_multiply(const char* name, int64_t threads, const int8_t* lh
   for (std::thread& other : others) other.join();
 }
 
-// Quantizes rows with an instruction set that has to be supported.
-extern "C" void aqt_quantize(const char* name, const float* values, int8_t* quantized,
-                             float* scales, int64_t rows, int64_t depth, float factor,
-                             float bound) {
-  Find(name)->quantize({values, quantized, scales, rows, depth, factor, bound});
+// Quantizes rows, in so many threads, with an instruction set that has to be supported.
+extern "C" void aqt_quantize(const char* name, int64_t threads, const float* values,
+                             int8_t* quantized, float* scales, int64_t rows, int64_t depth,
+                             float factor, float bound) {
+  std::vector<std::thread> others;
+  Quantize({values, quantized, scales, rows, depth, factor, bound}, *Find(name), threads - 1,
+           [&](std::function<void()> task) { others.emplace_back(std::move(task)); });
+  for (std::thread& other : others) other.join();
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(aqt_quantize_rows, QuantizeRows,
                               ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::S8>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()

@@ -1,10 +1,7 @@
 #include "matmul.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
-#include <memory>
-#include <thread>
 
 namespace aqt {
 namespace {
@@ -55,15 +52,14 @@ class Work {
   }
 
   int64_t pieces() const { return blocks_ * runs_; }
-  bool done() const { return done_.load(std::memory_order_acquire) == pieces(); }
 
   // Takes pieces as long as there are any.
-  void Help() {
+  void Take(Pieces& pieces) const {
     static thread_local Scratch scratch;
     const int64_t row_bytes = with_.row_bytes(product_.depth);
     void* prepared = nullptr;
     int64_t of_block = -1;
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < pieces();) {
+    for (int64_t i; pieces.Is(i = pieces.Take());) {
       const int64_t block = i / runs_, run = i % runs_;
       const int64_t row = block * block_rows_;
       const int64_t rows = std::min(block_rows_, product_.rows - row);
@@ -77,7 +73,7 @@ class Work {
         with_.multiply(prepared, rows, product_.depth, PanelAt(p),
                        product_.out + row * product_.columns + p * kPanel, product_.columns);
       }
-      done_.fetch_add(1, std::memory_order_release);
+      pieces.Finish();
     }
   }
 
@@ -94,8 +90,6 @@ class Work {
   const Product product_;
   const InstructionSet& with_;
   int64_t block_rows_, blocks_, panels_, run_, runs_;
-  alignas(64) std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<int64_t> done_{0};
 };
 
 }  // namespace
@@ -108,13 +102,8 @@ int64_t PackedBytes(int64_t depth, int64_t columns) {
 void Multiply(const Product& product, const InstructionSet& with, int64_t helpers,
               const Schedule& schedule) {
   if (product.rows == 0 || product.columns == 0) return;
-  // Helpers may come after the product is done, and find that there is nothing left to take.
-  const auto work = std::make_shared<Work>(product, with, helpers + 1);
-  for (int64_t i = 0; i < std::min(helpers, work->pieces() - 1); ++i) {
-    schedule([work] { work->Help(); });
-  }
-  work->Help();
-  while (!work->done()) std::this_thread::yield();
+  const Work work(product, with, helpers + 1);
+  Share(work.pieces(), helpers, schedule, [work](Pieces& pieces) { work.Take(pieces); });
 }
 
 }  // namespace aqt

@@ -3,9 +3,9 @@
 #define AQT_KERNELS_MATMUL_H_
 
 #include <cstdint>
-#include <functional>
 
 #include "instruction_set.h"
+#include "share.h"
 
 namespace aqt {
 
@@ -21,11 +21,7 @@ struct Product {
 // Bytes of a packed matrix.
 int64_t PackedBytes(int64_t depth, int64_t columns);
 
-using Schedule = std::function<void(std::function<void()>)>;
-
-// Computes `product` in the calling thread, and in up to `helpers` others that `schedule` finds. The
-// caller never waits for one that has not begun: it works as long as there is work, and then waits
-// for what others have taken.
+// Computes `product` in the calling thread, and in up to `helpers` others, as `Share` does.
 void Multiply(const Product& product, const InstructionSet& with, int64_t helpers,
               const Schedule& schedule);
 

@@ -17,6 +17,11 @@ struct Rows {
   int64_t depth;
   float factor;  // of the largest magnitude, to give the scale
   float bound;   // of what is not clipped, 127 at most
+
+  Rows From(int64_t row, int64_t count) const {
+    return {values + row * depth, quantized + row * depth, scales + row, count, depth, factor,
+            bound};
+  }
 };
 
 // A value is multiplied by the inverse of the scale, clipped, and rounded half to even. Nothing is
