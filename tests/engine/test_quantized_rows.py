@@ -231,7 +231,7 @@ def by_hand(
         {"scale_apart": lambda x: x},
         {"also": jnp.sin},
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_only_what_the_kernel_does_becomes_its_call(otherwise):
     x, weight = RNG.normal(size=(14, 14)).astype(np.float32), identity_of(14)
