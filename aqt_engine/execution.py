@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 
 Outputs = dict[str, Array]
 Executable = Callable[..., Sequence[jax.Array]]
-_Run = Callable[[Arrays, int, LengthBucket], Outputs]
-"""The outputs for inputs of so many rows, padded to a length bucket."""
+_Run = Callable[[Arrays, int, At], Outputs]
+"""The outputs for inputs of so many rows, padded to a length bucket, in so many tiles."""
 Cuts = Mapping[LengthBucket, Cut]
 _NAME = "forward"
 """Of what is compiled."""
@@ -292,7 +292,7 @@ class Program:
           ValueError: the inputs are not those of the signature, in names, dtypes or shapes, or
             too long.
         """
-        return self._in_calls(inputs, self.max_rows, self._in_pieces)
+        return self._in_pieces(inputs, self.cuts, self._piece)
 
     def gathered(self, inputs: Arrays) -> Outputs:
         """What a program over several shards has to answer, computed of whole weights.
@@ -303,73 +303,52 @@ class Program:
         Raises:
           ValueError: as of a call.
         """
+        cut = pieces.whole(self._buckets[:1])
+        cuts = dict.fromkeys(self.manifest.length_buckets, cut)
+        return self._in_pieces(inputs, cuts, self._gathered_piece)
 
-        def run(inputs: Arrays, rows: int, length_bucket: LengthBucket) -> Outputs:
-            executable = self._compiled_to_gather(length_bucket)
-            weights = self._weights[length_bucket]
-            batch = self._batches.form(self._buckets[0], length_bucket)
-            return self._run(executable, weights, batch, inputs, rows)
-
-        return self._in_calls(inputs, self._buckets[0] * self.manifest.tile, run)
-
-    def _in_calls(self, inputs: Arrays, most: int, run: _Run) -> Outputs:
-        """The outputs for `inputs`, of which `most` rows are run at once."""
-        rows, sizes = self._batches.checked(inputs)
-        length_bucket = lengths.smallest(self.manifest, sizes)
-        if sizes:
+    def _in_pieces(self, inputs: Arrays, cuts: Cuts, run: _Run) -> Outputs:
+        """The outputs for `inputs`, of whose pieces, cut as `cuts` say, each is run by itself."""
+        rows, lengths_of_inputs = self._batches.checked(inputs)
+        length_bucket = lengths.smallest(self.manifest, lengths_of_inputs)
+        if lengths_of_inputs:
             inputs = lengths.pad(self.manifest, inputs, length_bucket)
-        if rows == 0:
-            outputs = self._batches.empty(0, length_bucket)
-        elif rows <= most:
-            outputs = run(inputs, rows, length_bucket)
-        else:
-            starts = range(0, rows, most)
-            parts = [{k: x[start : start + most] for k, x in inputs.items()} for start in starts]
-            chunks = [
-                run(part, min(most, rows - start), length_bucket)
-                for part, start in zip(parts, starts, strict=True)
-            ]
-            outputs = {
-                name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]
-            }
-        return lengths.cut(self.manifest, outputs, sizes) if sizes else outputs
-
-    def _in_pieces(self, inputs: Arrays, rows: int, length_bucket: LengthBucket) -> Outputs:
-        tile = self.manifest.tile
-        sizes = self.cuts[length_bucket].pieces(math.ceil(rows / tile))
+        tile, cut = self.manifest.tile, cuts[length_bucket]
+        sizes = cut.pieces(math.ceil(rows / tile))
         if len(sizes) == 1:
-            return self._piece(inputs, rows, (length_bucket, sizes[0]))
-        ends = [tile * tiles for tiles in itertools.accumulate(sizes)]
-        outputs = self._batches.empty(rows, length_bucket)
+            outputs = run(inputs, rows, (length_bucket, sizes[0]))
+        else:
+            ends = [tile * tiles for tiles in itertools.accumulate(sizes)]
+            outputs = self._batches.empty(rows, length_bucket)
 
-        def piece(number: int) -> None:
-            size = sizes[number]
-            of = slice(ends[number] - size * tile, min(rows, ends[number]))
-            part = {name: array[of] for name, array in inputs.items()}
-            answer = self._piece(part, of.stop - of.start, (length_bucket, size))
-            for name, array in answer.items():
-                outputs[name][of] = array
+            def piece(number: int) -> None:
+                size = sizes[number]
+                of = slice(ends[number] - size * tile, min(rows, ends[number]))
+                part = {name: array[of] for name, array in inputs.items()}
+                answer = run(part, of.stop - of.start, (length_bucket, size))
+                for name, array in answer.items():
+                    outputs[name][of] = array
 
-        pieces.compute(piece, len(sizes))
+            pieces.compute(piece, len(sizes), cut.threads)
+        if lengths_of_inputs:
+            outputs = lengths.cut(self.manifest, outputs, lengths_of_inputs)
         return outputs
 
     def _piece(self, inputs: Arrays, rows: int, at: At) -> Outputs:
         length_bucket, size = at
         if at not in self._executables:
             self.compile(size, length_bucket)
-        batch = self._batches.form(size, length_bucket)
-        return self._run(self._executables[at], self._weights[length_bucket], batch, inputs, rows)
+        return self._run(self._executables[at], inputs, rows, at)
 
-    def _run(
-        self,
-        executable: Executable,
-        weights: Sequence[jax.Array],
-        batch: batches.Form,
-        inputs: Arrays,
-        rows: int,
-    ) -> Outputs:
+    def _gathered_piece(self, inputs: Arrays, rows: int, at: At) -> Outputs:
+        return self._run(self._compiled_to_gather(at[0]), inputs, rows, at)
+
+    def _run(self, executable: Executable, inputs: Arrays, rows: int, at: At) -> Outputs:
+        length_bucket, size = at
+        batch = self._batches.form(size, length_bucket)
         filled = batch.filled(inputs, rows)
-        answers = executable(weights, spreading.given(filled, self._mesh) if self._mesh else filled)
+        given = spreading.given(filled, self._mesh) if self._mesh else filled
+        answers = executable(self._weights[length_bucket], given)
         return {
             tensor.name: np.asarray(answer).reshape(tensor.shape)[:rows]
             for tensor, answer in zip(batch.outputs, answers, strict=True)

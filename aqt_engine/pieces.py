@@ -10,7 +10,6 @@ same is compiled in every start, and a cache has it.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 import os
@@ -85,8 +84,8 @@ def nbytes_accessed(lowered: Any) -> float:
     return (lowered.cost_analysis() or {}).get("bytes accessed", math.inf)
 
 
-def compute(piece: Callable[[int], None], count: int) -> None:
-    """Calls `piece` with each number below `count`, here and in threads that have nothing to do.
+def compute(piece: Callable[[int], None], count: int, threads: int) -> None:
+    """Calls `piece` with each number below `count`, in up to `threads` threads: this and idle ones.
 
     It returns when all have been called, and raises what one of them raised.
     """
@@ -103,7 +102,7 @@ def compute(piece: Callable[[int], None], count: int) -> None:
         with jax.enable_x64(in_64_bits):
             take()
 
-    helping = [_helpers().submit(help_out) for _ in range(min(count, threads()) - 1)]
+    helping = [_HELPERS.submit(help_out) for _ in range(min(count, threads) - 1)]
     try:
         take()
     finally:
@@ -115,10 +114,8 @@ def compute(piece: Callable[[int], None], count: int) -> None:
             raise error
 
 
-@functools.cache
-def _helpers() -> ThreadPoolExecutor:
-    """Of all programs together: there are no more cores for several than for one."""
-    return ThreadPoolExecutor(max_workers=max(1, threads() - 1), thread_name_prefix="piece")
+_HELPERS = ThreadPoolExecutor(max(1, threads() - 1), thread_name_prefix="piece")
+"""Of all programs together: there are no more cores for several than for one."""
 
 
 def _power_below(bound: float) -> int:

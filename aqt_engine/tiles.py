@@ -149,15 +149,17 @@ def _runs(
     possible = calling_thread.is_possible()
 
     @functools.cache
+    def lowered(size: int) -> Any:
+        return mapped.lower(placed, rows(size, tile))
+
+    @functools.cache
     def compiled(size: int) -> Callable[..., Any]:
-        lowered = mapped.lower(placed, rows(size, tile))
-        return calling_thread.compiled(lowered) if possible else lowered.compile()
+        return calling_thread.compiled(lowered(size)) if possible else lowered(size).compile()
 
     def run(tiles: int) -> Callable[[], None]:
         cut = pieces.whole((tiles,))
         if possible:
-            nbytes = pieces.nbytes_accessed(mapped.lower(placed, rows(1, tile)))
-            cut = pieces.cut(nbytes, tiles, pieces.threads())
+            cut = pieces.cut(pieces.nbytes_accessed(lowered(1)), tiles, pieces.threads())
         sizes = cut.pieces(tiles)
         batches = [
             {
@@ -172,6 +174,6 @@ def _runs(
         def piece(number: int) -> None:
             jax.block_until_ready(compiled(sizes[number])(placed, batches[number]))
 
-        return lambda: pieces.compute(piece, len(sizes))
+        return lambda: pieces.compute(piece, len(sizes), cut.threads)
 
     return [run(tiles) for tiles in counts]

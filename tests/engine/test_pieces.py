@@ -60,23 +60,22 @@ def test_a_batch_that_is_whole_is_one_piece():
 @pytest.mark.parametrize("count", [1, 2, 7, 100])
 def test_each_piece_is_called_once_and_all_are_when_it_returns(count):
     called = []
-    pieces.compute(called.append, count)
+    pieces.compute(called.append, count, pieces.threads())
     assert sorted(called) == list(range(count))
 
 
 @pytest.fixture
 def two_threads(monkeypatch):
     """However many cores there are: one thread helps."""
-    monkeypatch.setattr(pieces, "threads", lambda: 2)
     with ThreadPoolExecutor(1) as helper:
-        monkeypatch.setattr(pieces, "_helpers", lambda: helper)
+        monkeypatch.setattr(pieces, "_HELPERS", helper)
         yield helper
 
 
 def test_pieces_are_computed_at_the_same_time(two_threads):
     """Each waits for the other to begin."""
     both = threading.Barrier(2)
-    pieces.compute(lambda _: both.wait(WAIT_S), 2)
+    pieces.compute(lambda _: both.wait(WAIT_S), 2, 2)
 
 
 def test_nobody_waits_for_a_thread_that_has_other_work(two_threads):
@@ -84,7 +83,7 @@ def test_nobody_waits_for_a_thread_that_has_other_work(two_threads):
     other = two_threads.submit(lambda: (busy.set(), done.wait(WAIT_S)))
     assert busy.wait(WAIT_S)
     called = []
-    pieces.compute(called.append, 5)
+    pieces.compute(called.append, 5, 2)
     assert called == [0, 1, 2, 3, 4]
     done.set()
     assert other.result(WAIT_S)
@@ -101,7 +100,7 @@ def test_what_one_raises_is_raised_when_no_other_computes_any_more(two_threads, 
         ended.append(number)
 
     with pytest.raises(ArithmeticError):
-        pieces.compute(piece, 2)
+        pieces.compute(piece, 2, 2)
     assert ended == [1 - wrong]
 
 
@@ -114,7 +113,7 @@ def test_a_thread_that_helps_has_the_number_of_bits_of_the_one_that_asks(two_thr
 
     for bits in (True, False):
         with jax.enable_x64(bits):
-            pieces.compute(piece, 2)
+            pieces.compute(piece, 2, 2)
     assert found == [True, True, False, False]
 
 
